@@ -6,13 +6,14 @@ Docs: https://framer-sr.github.io/framer/distill.html.md"""
 
 # %% auto #0
 __all__ = ['FramerConfig', 'framer_config', 'choose_teacher', 'choose_negatives', 'Bands', 'measure', 'LayerTerms', 'band_terms',
-           'layer_terms', 'Distillation', 'distillation', 'AlignedFeatures', 'Framer']
+           'layer_terms', 'Distillation', 'distillation', 'same_size', 'AlignedFeatures', 'Framer']
 
 # %% ../nbs/05_distill.ipynb #c003
 import dataclasses, difflib, warnings
 from dataclasses import dataclass
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from .heads import AlignmentHeads, fit_heads
 from .hooks import Recorder, Taps, find_taps
@@ -310,7 +311,18 @@ def _all_sum(x: Tensor) -> Tensor:
     if _world() > 1: x = x.clone(); dist.all_reduce(x)
     return x
 
-# %% ../nbs/05_distill.ipynb #c069
+# %% ../nbs/05_distill.ipynb #c070
+def same_size(
+    maps: list[Tensor],  # (B, C_i, h_i, w_i) in forward order, the last is the teacher's
+    names: list[str],  # of the layers, for the message
+) -> list[Tensor]:  # (B, C, H, W), all of the teacher's size
+    "Bilinear resize to the last map's size; `ValueError` listing the widths where they differ."
+    if len({m.shape[1] for m in maps}) > 1:
+        raise ValueError(f"the layers differ in width, so they need heads: pass channels={ {n: m.shape[1] for n, m in zip(names, maps)} } to Framer.attach")
+    size = maps[-1].shape[-2:]
+    return [m if m.shape[-2:] == size else F.interpolate(m, size=tuple(size), mode="bilinear", align_corners=False) for m in maps]
+
+# %% ../nbs/05_distill.ipynb #c072
 class AlignedFeatures(nn.Module):
     "Recorded maps of a model's layers in the teacher's shape: hooks, and heads where widths or sizes differ. The model is not a child of this module."
     def __init__(self,
@@ -320,6 +332,9 @@ class AlignedFeatures(nn.Module):
     ):
         super().__init__()
         self.config, self.taps = config, taps
+        if taps.multiscale and None in taps.channels:
+            unknown = [n for n, c in zip(taps.names, taps.channels) if c is None]
+            raise ValueError(f"the width of {', '.join(unknown)} cannot be read off: pass channels=, a dictionary from layer name to width, so that heads can be made")
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.heads = AlignmentHeads(taps.channels[:-1], taps.channels[-1]).to(device) if taps.multiscale else None
         self.register_buffer("fitted", torch.tensor(self.heads is None or config.head_init == "random"))
@@ -329,14 +344,14 @@ class AlignedFeatures(nn.Module):
     def features(self) -> list[Tensor]:
         "(B, C, H, W) of every layer, all in the teacher's shape; the first call fits the heads. `RuntimeError` when nothing was recorded."
         maps = self.recorder.features
-        if self.heads is None: return maps
+        if self.heads is None: return same_size(maps, self.taps.names)
         if not self.fitted:
             fit_heads(self.heads, [m.detach() for m in maps[:-1]], maps[-1].detach(), lambda x: split_bands(x, self.config.radius), reduce=_all_sum)
             self.fitted.fill_(True)
         with torch.autocast(maps[-1].device.type, enabled=False):
             return self.heads([m.to(maps[-1].dtype) for m in maps[:-1]], maps[-1].shape[-2:]) + maps[-1:]
 
-# %% ../nbs/05_distill.ipynb #c071
+# %% ../nbs/05_distill.ipynb #c074
 class Framer(AlignedFeatures):
     "FRAMER on a model (Eq. 10). Its parameters are the heads', never the model's. Make one with `Framer.attach`."
     def __init__(self, model: nn.Module, taps: Taps, config: FramerConfig):
