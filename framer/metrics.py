@@ -71,7 +71,7 @@ def _cell(value) -> str:
     "One cell: numbers with four decimals, nothing as a dash."
     return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
-
+# %% ../nbs/07_metrics.ipynb #c017
 def available(
     protocol: str = "framer",  # a name in PROTOCOLS
 ) -> Rows:  # rows with metric, file, folder, present; one row a file, "" where a metric needs none
@@ -83,7 +83,7 @@ def available(
             rows.append(dict(metric=metric, file=path.name if path else "", folder=str(path.parent) if path else "", present=path.is_file() if path else True))
     return rows
 
-# %% ../nbs/07_metrics.ipynb #c017
+# %% ../nbs/07_metrics.ipynb #c020
 def _pyiqa():
     "pyiqa, or an error that says how to get it."
     try:
@@ -94,7 +94,7 @@ def _pyiqa():
     logging.getLogger("pyiqa").setLevel(logging.WARNING)
     return pyiqa
 
-# %% ../nbs/07_metrics.ipynb #c020
+# %% ../nbs/07_metrics.ipynb #c023
 def _check_images(images, what: str) -> list:
     "Images as a list of (1, 3, H, W) float32 tensors in [0, 1]."
     if torch.is_tensor(images) and images.ndim == 3:
@@ -110,7 +110,7 @@ def _check_images(images, what: str) -> list:
         checked.append(image.detach()[None].float().clamp(0, 1))
     return checked
 
-
+# %% ../nbs/07_metrics.ipynb #c025
 def _check_pairs(results, references) -> tuple:
     "Both sides checked, in number and in size."
     results = _check_images(results, "result")
@@ -124,7 +124,7 @@ def _check_pairs(results, references) -> tuple:
         raise ValueError(f"results and references differ in size (height, width), image {'; '.join(differ)}")
     return results, references
 
-# %% ../nbs/07_metrics.ipynb #c023
+# %% ../nbs/07_metrics.ipynb #c028
 class Scores(Rows):
     "One dictionary an image: `image` (its index) and one value a metric; None is a gap that `.missing` explains."
     protocol: str = ""  # the protocol's name
@@ -137,7 +137,7 @@ class Scores(Rows):
         columns = {key: [row[key] for row in self if row.get(key) is not None] for key in dict.fromkeys(k for row in self for k in row) if key != "image"}
         return {key: sum(values) / len(values) for key, values in columns.items() if values}
 
-# %% ../nbs/07_metrics.ipynb #c025
+# %% ../nbs/07_metrics.ipynb #c031
 class Scorer:
     "Metrics of one protocol, made once and used for many images. `.missing` says which could not be had, and why."
     def __init__(self,
@@ -172,7 +172,7 @@ class Scorer:
             self._column(scores, name, metric, results, references)
         return scores
 
-# %% ../nbs/07_metrics.ipynb #c026
+# %% ../nbs/07_metrics.ipynb #c033
 def _column(self, scores, name, metric, results, references):
     "Fill one metric's values into `scores`."
     if references is None and self.entries[name].get("reference", True):
@@ -196,7 +196,7 @@ def _column(self, scores, name, metric, results, references):
 
 Scorer._column = _column
 
-
+# %% ../nbs/07_metrics.ipynb #c035
 def score(
     results,  # (B, 3, H, W) in [0, 1], or a list of (3, H, W)
     references=None,  # the same shapes; None where there is no ground truth
