@@ -12,17 +12,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 
-# %% ../nbs/18_figures.ipynb #c005
+# %% ../nbs/18_figures.ipynb #c006
 _COLOUR = dict(zip(("lf", "hf", "noise", "total"), [sns.color_palette("colorblind")[i] for i in (0, 3, 2, 7)]))
 
-# %% ../nbs/18_figures.ipynb #c006
+# %% ../nbs/18_figures.ipynb #c008
 def _axes(n: int, width: float = 3.2, height: float = 2.6):
     "A row of `n` axes in the house style."
     with sns.axes_style("whitegrid", {"grid.color": ".92"}):
         fig, axes = plt.subplots(1, n, figsize=(width * n, height), layout="constrained", squeeze=False)
     return fig, list(axes[0])
 
-# %% ../nbs/18_figures.ipynb #c008
+# %% ../nbs/18_figures.ipynb #c010
 def running_median(
     values: list[float],
     window: int = 25,  # steps on both sides together
@@ -31,7 +31,7 @@ def running_median(
     x, h = np.asarray(values, float), max(window // 2, 0)
     return np.array([np.median(x[max(0, i - h): i + h + 1]) for i in range(len(x))])
 
-# %% ../nbs/18_figures.ipynb #c011
+# %% ../nbs/18_figures.ipynb #c013
 def loss_figure(
     history: list[dict],  # rows of history.csv: step, noise_loss, and with FRAMER intra, inter, distill_loss
     title: str = "",
@@ -49,7 +49,7 @@ def loss_figure(
     axes[0].set_title(title, fontsize=9)
     return fig
 
-# %% ../nbs/18_figures.ipynb #c015
+# %% ../nbs/18_figures.ipynb #c017
 def layer_figure(
     layers: list[dict],  # rows of layers.csv: step, layer, weight_lf, weight_hf, gate_lf, gate_hf, positive_lf, positive_hf
     title: str = "",
@@ -66,7 +66,7 @@ def layer_figure(
     axes[0].legend(fontsize=7); fig.suptitle(title, fontsize=9)
     return fig
 
-# %% ../nbs/18_figures.ipynb #c018
+# %% ../nbs/18_figures.ipynb #c020
 def similarity_figure(
     runs: dict[str, list[dict]],  # name of a run -> rows of `analysis.layer_similarity`
     suffix: str = "",  # "" through the probe, "_raw" without it
@@ -83,14 +83,14 @@ def similarity_figure(
     axes[0].legend(fontsize=7)
     return fig
 
-# %% ../nbs/18_figures.ipynb #c021
+# %% ../nbs/18_figures.ipynb #c023
 def to_numpy(
     image,  # (3, H, W) tensor in [0, 1]; values outside are clipped
 ) -> np.ndarray:  # (H, W, 3) uint8
     "An image tensor as an 8-bit array, rounded to nearest."
     return (image.detach().float().clamp(0, 1).permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
 
-# %% ../nbs/18_figures.ipynb #c022
+# %% ../nbs/18_figures.ipynb #c025
 def image_grid(
     rows: dict[str, list],  # title of a row -> images (3, H, W) in [0, 1], of any size
     cell: float = 1.5,  # inches for one picture
@@ -107,7 +107,7 @@ def image_grid(
             if notes and title in notes: ax.set_xlabel(notes[title][k], fontsize=6)
     return fig
 
-# %% ../nbs/18_figures.ipynb #c026
+# %% ../nbs/18_figures.ipynb #c029
 class LivePlot:
     "Redraws `loss_figure` in a notebook's output; call it with all rows so far."
     def __init__(self, title: str = ""): self.title, self.handle = title, None

@@ -25,25 +25,27 @@ def align(
     return x if x.shape[-2:] == tuple(size) else F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 # %% ../nbs/03_heads.ipynb #c008
+def _rows(
+    x: Tensor,  # (B, C, H, W)
+) -> Tensor:  # (C, B * H * W) float64
+    "One row per channel."
+    return x.transpose(0, 1).flatten(1).double()
+
+# %% ../nbs/03_heads.ipynb #c009
 def normal_equations(
-    student: Tensor,  # (B, C, h, w)
-    teacher: Tensor,  # (B, D, H, W)
+    student: Tensor, teacher: Tensor,  # (B, C, h, w) and (B, D, H, W)
     bands: Callable[[Tensor], tuple[Tensor, ...]] = lambda x: (x,),  # splits a map into bands of equal weight; default: one band
 ) -> tuple[Tensor, Tensor]:  # G (C+1, C+1) and R (D, C+1), float64
     "The matrices of a least-squares fit of the teacher by a 1x1 convolution of the resized student, each band scaled by the teacher's energy in it."
     x = F.interpolate(student.float(), size=teacher.shape[-2:], mode="bilinear", align_corners=False)
     x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
-    G = R = 0
-    for a, t in zip(bands(x), bands(teacher.float())):
-        a, t = (m.transpose(0, 1).flatten(1).double() for m in (a, t))
-        scale = 1 / t.square().sum().clamp(min=1e-12)
-        G, R = G + scale * (a @ a.T), R + scale * (t @ a.T)
-    return G, R
+    pairs = [(_rows(a), _rows(t)) for a, t in zip(bands(x), bands(teacher.float()))]
+    scales = [1 / t.square().sum().clamp(min=1e-12) for _, t in pairs]
+    return sum(s * (a @ a.T) for s, (a, _) in zip(scales, pairs)), sum(s * (t @ a.T) for s, (a, t) in zip(scales, pairs))
 
-# %% ../nbs/03_heads.ipynb #c009
+# %% ../nbs/03_heads.ipynb #c011
 def ridge_map(
-    G: Tensor,  # (C+1, C+1) from `normal_equations`, float64
-    R: Tensor,  # (D, C+1) from `normal_equations`, float64
+    G: Tensor, R: Tensor,  # (C+1, C+1) and (D, C+1) from `normal_equations`, float64
     ridge: float = 1e-4,  # lambda, relative to the mean of G's diagonal
 ) -> tuple[Tensor, Tensor]:  # weight (D, C, 1, 1) and bias (D,), float32
     "The 1x1 convolution that minimises the (band-balanced) squared error to the teacher."
@@ -51,28 +53,21 @@ def ridge_map(
     W = torch.linalg.solve(G + lam * torch.eye(len(G), dtype=G.dtype, device=G.device), R.T).T
     return W[:, :-1, None, None].float(), W[:, -1].float()
 
-# %% ../nbs/03_heads.ipynb #c013
+# %% ../nbs/03_heads.ipynb #c015
 class AlignmentHeads(nn.Module):
     "1x1 convolutions that bring each student to the teacher's width; training only (Sec. 4.2)."
-    def __init__(self,
-        channels: list[int],  # width of each student
-        teacher_channels: int,  # width of the teacher
-    ):
+    def __init__(self, channels: list[int], teacher_channels: int):  # widths of the students, and of the teacher
         super().__init__()
         self.projections = nn.ModuleList(nn.Conv2d(c, teacher_channels, 1) for c in channels)
 
-    def forward(self,
-        students: list[Tensor],  # (B, C_i, h_i, w_i) each
-        size: tuple[int, int],  # (H, W) of the teacher
-    ) -> list[Tensor]:  # (B, D, H, W) each
+    def forward(self, students: list[Tensor], size: tuple[int, int]) -> list[Tensor]:  # (B, C_i, h_i, w_i) each, (H, W) -> (B, D, H, W) each
         return [align(x, p.weight, p.bias, size) for x, p in zip(students, self.projections, strict=True)]
 
-# %% ../nbs/03_heads.ipynb #c014
+# %% ../nbs/03_heads.ipynb #c016
 @torch.no_grad()
 def fit_heads(
     heads: AlignmentHeads,  # changed in place
-    students: list[Tensor],  # (B, C_i, h_i, w_i) each
-    teacher: Tensor,  # (B, D, H, W)
+    students: list[Tensor], teacher: Tensor,  # (B, C_i, h_i, w_i) each, and (B, D, H, W)
     bands: Callable[[Tensor], tuple[Tensor, ...]] = lambda x: (x,),  # splits a map into bands of equal weight
     ridge: float = 1e-4,  # relative ridge
     reduce: Callable[[Tensor], Tensor] = lambda x: x,  # sums a tensor over processes
