@@ -111,7 +111,9 @@ def main():
     os.environ.setdefault('OMP_NUM_THREADS', '1')
     pages = write_pages(cfg, proc_nbs(n_workers=min(4, os.cpu_count() or 1), force=args.force))
     out = (cfg.config_path/args.out).resolve()
+    execute = out.parent/'jupyter_execute'; existed = execute.exists()   # myst-nb makes this folder although nothing is executed
     code = subprocess.call([sys.executable, '-m', 'sphinx', '-q', '-W', '--keep-going', '-c', str(HERE), '-d', str(pages.parent/'_doctrees'), str(pages), str(out)])
+    if not existed: shutil.rmtree(execute, ignore_errors=True)
     if not code: print(f'documentation: {out/"index.html"}')
     return code
 
