@@ -21,6 +21,8 @@ _SHARED = dict(
     dists=dict(pyiqa="dists", files=("pyiqa/DISTS_weights-f5e65c96.pth", "checkpoints/vgg16-397923af.pth"), better="lower"),
     niqe=dict(pyiqa="niqe", files=("pyiqa/niqe_modelparameters.mat",), better="lower", reference=False),
 )
+
+# %% ../nbs/07_metrics.ipynb #c008
 PROTOCOLS = {  # protocol -> metric -> pyiqa's name and options, the weights it wants below TORCH_HOME/hub, which way is better
     "framer": dict(
         psnr=dict(pyiqa="psnr", options=dict(test_y_channel=False), better="higher"),
@@ -32,7 +34,7 @@ PROTOCOLS = {  # protocol -> metric -> pyiqa's name and options, the weights it 
         lpips=dict(pyiqa="lpips", files=_ALEX, better="lower"), **_SHARED),
 }
 
-# %% ../nbs/07_metrics.ipynb #c008
+# %% ../nbs/07_metrics.ipynb #c011
 def _wanted(protocol: str, metrics) -> dict:
     "The entries of `metrics` (None is all) in a protocol."
     if protocol not in PROTOCOLS:
@@ -43,7 +45,7 @@ def _wanted(protocol: str, metrics) -> dict:
         raise ValueError(f"metrics {unknown} are not in protocol {protocol!r}, which has {sorted(entries)}")
     return {name: entries[name] for name in metrics or entries}
 
-# %% ../nbs/07_metrics.ipynb #c011
+# %% ../nbs/07_metrics.ipynb #c014
 def _file_path(name: str) -> Path:
     "Where a file of `PROTOCOLS` has to be."
     folder, file = name.split("/")
@@ -51,13 +53,18 @@ def _file_path(name: str) -> Path:
         return Path(sys.modules["pyiqa.utils.download_util"].DEFAULT_CACHE_DIR) / file
     return Path(torch.hub.get_dir()) / folder / file
 
-
+# %% ../nbs/07_metrics.ipynb #c017
 def _missing(entry: dict) -> str:
     "Why a metric cannot be had, '' where all its files are on disk."
     absent = [_file_path(name) for name in entry.get("files", ()) if not _file_path(name).is_file()]
     return "not available: " + ", ".join(f"{path.name}, which goes into {path.parent}" for path in absent) if absent else ""
 
-# %% ../nbs/07_metrics.ipynb #c014
+# %% ../nbs/07_metrics.ipynb #c020
+def _cell(value) -> str:
+    "One cell: numbers with four decimals, nothing as a dash."
+    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+# %% ../nbs/07_metrics.ipynb #c023
 class Rows(list):
     "A list of dictionaries that prints as a table."
     def __repr__(self):
@@ -66,12 +73,7 @@ class Rows(list):
         widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
         return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in cells)
 
-
-def _cell(value) -> str:
-    "One cell: numbers with four decimals, nothing as a dash."
-    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
-
-# %% ../nbs/07_metrics.ipynb #c017
+# %% ../nbs/07_metrics.ipynb #c026
 def available(
     protocol: str = "framer",  # a name in PROTOCOLS
 ) -> Rows:  # rows with metric, file, folder, present; one row a file, "" where a metric needs none
@@ -83,7 +85,7 @@ def available(
             rows.append(dict(metric=metric, file=path.name if path else "", folder=str(path.parent) if path else "", present=path.is_file() if path else True))
     return rows
 
-# %% ../nbs/07_metrics.ipynb #c020
+# %% ../nbs/07_metrics.ipynb #c029
 def _pyiqa():
     "pyiqa, or an error that says how to get it."
     try:
@@ -94,23 +96,27 @@ def _pyiqa():
     logging.getLogger("pyiqa").setLevel(logging.WARNING)
     return pyiqa
 
-# %% ../nbs/07_metrics.ipynb #c023
+# %% ../nbs/07_metrics.ipynb #c032
+def _check_image(image, name: str):
+    "Raise where `image` is not a floating-point (3, H, W) tensor in [0, 1]."
+    if not torch.is_tensor(image) or image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
+        given = f"{tuple(image.shape)} of {image.dtype}" if torch.is_tensor(image) else type(image).__name__
+        raise ValueError(f"{name} is {given}: give floating-point (3, H, W) images, or one (B, 3, H, W) tensor of them")
+    low, high = (image.min().item(), image.max().item()) if image.numel() else (math.nan, math.nan)
+    if not (low >= -1e-6 and high <= 1 + 1e-6):
+        raise ValueError(f"{name} has values from {low:.4g} to {high:.4g}: images are in [0, 1] (from [-1, 1]: (x + 1) / 2, then clamp)")
+
+# %% ../nbs/07_metrics.ipynb #c035
 def _check_images(images, what: str) -> list:
     "Images as a list of (1, 3, H, W) float32 tensors in [0, 1]."
-    if torch.is_tensor(images) and images.ndim == 3:
-        images = images[None]
+    images = images[None] if torch.is_tensor(images) and images.ndim == 3 else images
     checked = []
     for i, image in enumerate(images):
-        if not torch.is_tensor(image) or image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
-            given = f"{tuple(image.shape)} of {image.dtype}" if torch.is_tensor(image) else type(image).__name__
-            raise ValueError(f"{what} {i} is {given}: give floating-point (3, H, W) images, or one (B, 3, H, W) tensor of them")
-        low, high = (image.min().item(), image.max().item()) if image.numel() else (math.nan, math.nan)
-        if not (low >= -1e-6 and high <= 1 + 1e-6):
-            raise ValueError(f"{what} {i} has values from {low:.4g} to {high:.4g}: images are in [0, 1] (from [-1, 1]: (x + 1) / 2, then clamp)")
+        _check_image(image, f"{what} {i}")
         checked.append(image.detach()[None].float().clamp(0, 1))
     return checked
 
-# %% ../nbs/07_metrics.ipynb #c025
+# %% ../nbs/07_metrics.ipynb #c038
 def _check_pairs(results, references) -> tuple:
     "Both sides checked, in number and in size."
     results = _check_images(results, "result")
@@ -124,7 +130,7 @@ def _check_pairs(results, references) -> tuple:
         raise ValueError(f"results and references differ in size (height, width), image {'; '.join(differ)}")
     return results, references
 
-# %% ../nbs/07_metrics.ipynb #c028
+# %% ../nbs/07_metrics.ipynb #c041
 class Scores(Rows):
     "One dictionary an image: `image` (its index) and one value a metric; None is a gap that `.missing` explains."
     protocol: str = ""  # the protocol's name
@@ -137,7 +143,42 @@ class Scores(Rows):
         columns = {key: [row[key] for row in self if row.get(key) is not None] for key in dict.fromkeys(k for row in self for k in row) if key != "image"}
         return {key: sum(values) / len(values) for key, values in columns.items() if values}
 
-# %% ../nbs/07_metrics.ipynb #c031
+# %% ../nbs/07_metrics.ipynb #c044
+def _make_metrics(entries: dict, device) -> tuple:
+    "Metric -> pyiqa's module, and metric -> why there is none."
+    pyiqa, made = _pyiqa(), {}
+    missing = {name: why for name, entry in entries.items() if (why := _missing(entry))}
+    for name, entry in entries.items():
+        if name in missing:
+            continue
+        try:
+            made[name] = pyiqa.create_metric(entry["pyiqa"], device=device, **entry.get("options", {}))
+        except Exception as error:  # a truncated or foreign file of weights: whatever the reader raises
+            files = ", ".join(str(_file_path(file)) for file in entry.get("files", ()))
+            missing[name] = f"not available: {files or entry['pyiqa']} cannot be used ({type(error).__name__}: {error})"
+    return made, missing
+
+# %% ../nbs/07_metrics.ipynb #c047
+def _value(metric, images, device="cpu") -> tuple:
+    "(value, '') of one image, or (None, why there is none)."
+    try:
+        value = metric(*(image.to(device) for image in images)).item()
+    except (RuntimeError, AssertionError, ValueError) as error:
+        return None, (str(error) or type(error).__name__).splitlines()[0]
+    return (value, "") if math.isfinite(value) else (None, f"the metric gives {value}")
+
+# %% ../nbs/07_metrics.ipynb #c050
+def _fill_column(scores, name: str, metric, images: list, device="cpu"):
+    "Write one metric's values into `scores`; `images` holds the tensors to hand over, a tuple a row."
+    gaps = []
+    for i, row in enumerate(scores):
+        row[name], why = _value(metric, images[i], device)
+        if row[name] is None:
+            gaps.append(f"image {i} {tuple(images[i][0].shape[-2:])}: {why}")
+    if gaps:
+        scores.missing[name] = f"no value for {len(gaps)} of {len(scores)} images ({'; '.join(gaps[:3])})"
+
+# %% ../nbs/07_metrics.ipynb #c053
 class Scorer:
     "Metrics of one protocol, made once and used for many images. `.missing` says which could not be had, and why."
     def __init__(self,
@@ -145,19 +186,10 @@ class Scorer:
         protocol: str = "framer",  # a name in PROTOCOLS
         device="cpu",  # where to compute
     ):
-        entries, pyiqa = _wanted(protocol, metrics), _pyiqa()
-        self.protocol, self.device, self.entries = protocol, torch.device(device), entries
+        self.entries, pyiqa = _wanted(protocol, metrics), _pyiqa()
+        self.protocol, self.device = protocol, torch.device(device)
         self.versions = dict(torch=torch.__version__, pyiqa=pyiqa.__version__)
-        self.missing = {name: why for name, entry in entries.items() if (why := _missing(entry))}
-        self.metrics = {}
-        for name, entry in entries.items():
-            if name in self.missing:
-                continue
-            try:
-                self.metrics[name] = pyiqa.create_metric(entry["pyiqa"], device=self.device, **entry.get("options", {}))
-            except Exception as error:  # a truncated or foreign file of weights: whatever the reader raises
-                files = ", ".join(str(_file_path(file)) for file in entry.get("files", ()))
-                self.missing[name] = f"not available: {files or entry['pyiqa']} cannot be used ({type(error).__name__}: {error})"
+        self.metrics, self.missing = _make_metrics(self.entries, self.device)
 
     @torch.no_grad()
     def __call__(self,
@@ -165,38 +197,18 @@ class Scorer:
         references=None,  # the same shapes; None leaves out every metric that compares
     ) -> Scores:
         "Score each image by itself, so that its value does not depend on its neighbours."
-        results, references = _check_pairs(results, references)
-        scores = Scores(dict(image=i) for i in range(len(results)))
+        sides = [side for side in _check_pairs(results, references) if side is not None]
+        scores = Scores(dict(image=i) for i in range(len(sides[0])))
         scores.protocol, scores.versions, scores.missing = self.protocol, dict(self.versions), dict(self.missing)
         for name, metric in self.metrics.items():
-            self._column(scores, name, metric, results, references)
+            compares = self.entries[name].get("reference", True)
+            if compares and references is None:
+                scores.missing[name] = "not available: it compares with references, and none were given"
+            else:
+                _fill_column(scores, name, metric, list(zip(*sides) if compares else zip(sides[0])), self.device)
         return scores
 
-# %% ../nbs/07_metrics.ipynb #c033
-def _column(self, scores, name, metric, results, references):
-    "Fill one metric's values into `scores`."
-    if references is None and self.entries[name].get("reference", True):
-        scores.missing[name] = "not available: it compares with references, and none were given"
-        return
-    gaps = []
-    for i, row in enumerate(scores):
-        pair = (results[i],) if not self.entries[name].get("reference", True) else (results[i], references[i])
-        try:
-            value = metric(*(image.to(self.device) for image in pair)).item()
-        except (RuntimeError, AssertionError, ValueError) as error:
-            value, why = math.nan, str(error).splitlines()[0]
-        else:
-            why = f"the metric gives {value}"
-        row[name] = value if math.isfinite(value) else None
-        if row[name] is None:
-            gaps.append(f"image {i} {tuple(results[i].shape[-2:])}: {why}")
-    if gaps:
-        scores.missing[name] = f"no value for {len(gaps)} of {len(scores)} images ({'; '.join(gaps[:3])})"
-
-
-Scorer._column = _column
-
-# %% ../nbs/07_metrics.ipynb #c035
+# %% ../nbs/07_metrics.ipynb #c056
 def score(
     results,  # (B, 3, H, W) in [0, 1], or a list of (3, H, W)
     references=None,  # the same shapes; None where there is no ground truth

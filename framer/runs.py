@@ -8,9 +8,9 @@ Docs: https://framer-sr.github.io/framer/runs.html.md"""
 __all__ = ['TIMING_COLUMNS', 'RunError', 'RunLocked', 'CheckpointError', 'project_root', 'run_path', 'jsonable', 'free_bytes',
            'need_space', 'write_json', 'hardware', 'environment', 'RunLock', 'truncate_history', 'read_history',
            'History', 'history_differences', 'pack_state', 'unpack_state', 'pack_optimizer', 'unpack_optimizer',
-           'rng_state', 'set_rng_state', 'plain_tensors', 'checkpoint_steps', 'checkpoint_path', 'clean_leftovers',
-           'Checkpoint', 'check_checkpoint', 'newest_checkpoint', 'save_checkpoint', 'load_checkpoint', 'RunFolder',
-           'prepare_folder', 'config_differences', 'open_run']
+           'rng_state', 'set_rng_state', 'plain_tensors', 'checkpoint_path', 'checkpoint_steps', 'clean_leftovers',
+           'Checkpoint', 'check_checkpoint', 'newest_checkpoint', 'save_checkpoint', 'load_checkpoint', 'RunParts',
+           'RunRecord', 'RunFolder', 'prepare_folder', 'config_differences', 'open_run']
 
 # %% ../nbs/14_runs.ipynb #c002
 import csv
@@ -27,6 +27,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import warnings
 from configparser import ConfigParser, Error as ConfigError
 from contextlib import suppress
@@ -47,6 +48,7 @@ class RunError(RuntimeError):
 
 class RunLocked(RunError):
     "Another process is writing this run."
+    holder: str = ""  # who writes it, "" where it is this very process
 
 
 class CheckpointError(RunError):
@@ -64,23 +66,26 @@ def _is_root(folder: Path) -> bool:
     return "framer" in names
 
 # %% ../nbs/14_runs.ipynb #c014
+def _named_root():
+    "The folder that the environment variable FRAMER_ROOT names, None where it names none."
+    named = os.environ.get("FRAMER_ROOT")
+    if named and not Path(named).is_dir():
+        raise RunError(f"FRAMER_ROOT is {named!r}, which is not a folder: name the project's folder, or unset FRAMER_ROOT")
+    return Path(named).resolve() if named else None
+
+# %% ../nbs/14_runs.ipynb #c017
 def project_root(
     start=None,  # folder to look from, upwards; None is the working directory
 ) -> Path:  # the project's root; the starting folder itself where no project is found
     "The folder that `reports/` and `data/` belong to; the environment variable FRAMER_ROOT overrules the search and must name a folder."
-    named = os.environ.get("FRAMER_ROOT")
-    if named:
-        if not Path(named).is_dir():
-            raise RunError(f"FRAMER_ROOT is {named!r}, which is not a folder: name the project's folder, or unset FRAMER_ROOT")
-        return Path(named).resolve()
+    if named := _named_root():
+        return named
     start = Path(start if start is not None else Path.cwd()).resolve()
-    for origin in (start, Path(globals().get("__file__", start)).resolve()):
-        for folder in (origin, *origin.parents):
-            if _is_root(folder):
-                return folder
-    return start
+    package = Path(globals().get("__file__", start)).resolve()
+    found = (folder for origin in (start, package) for folder in (origin, *origin.parents) if _is_root(folder))
+    return next(found, start)
 
-# %% ../nbs/14_runs.ipynb #c017
+# %% ../nbs/14_runs.ipynb #c020
 def run_path(
     name,  # a run's name ("sd2", "sweep/a"), below reports/; an absolute path is taken as it is
 ) -> Path:  # the run's folder, which need not exist
@@ -90,18 +95,23 @@ def run_path(
         raise RunError(f"run {str(name)!r} is not a name: give something like 'sd2', which becomes reports/sd2, or an absolute path")
     return path if path.is_absolute() else project_root() / "reports" / path
 
-# %% ../nbs/14_runs.ipynb #c020
+# %% ../nbs/14_runs.ipynb #c023
+def _json_scalar(value, strict: bool):
+    "None, text, truth and numbers in Python's own types; inf and nan as text where `strict`."
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    return str(float(value)) if strict and not math.isfinite(value) else float(value)
+
+# %% ../nbs/14_runs.ipynb #c026
 def jsonable(
     value,  # numbers, strings, None, lists, dictionaries, dataclasses, paths, 0-d tensors, arrays
     strict: bool = True,  # write inf and nan as strings, which every JSON reader accepts; False keeps Python's literals
 ):  # the same in lists, dictionaries and plain scalars
     "`value` in JSON's own types; a type that has no such form is an error that names it."
-    if value is None or isinstance(value, (str, bool)):
-        return value
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, float):
-        return str(float(value)) if strict and not math.isfinite(value) else float(value)
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return _json_scalar(value, strict)
     if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     if isinstance(value, dict):
@@ -114,7 +124,7 @@ def jsonable(
         return jsonable(value.tolist(), strict)
     raise TypeError(f"{type(value).__name__} cannot be written as JSON: {value!r}")
 
-# %% ../nbs/14_runs.ipynb #c022
+# %% ../nbs/14_runs.ipynb #c029
 def _to_disk(path: Path):
     "Force a file, or a folder's list of names, to the disk."
     handle = os.open(path, os.O_RDONLY)
@@ -125,7 +135,7 @@ def _to_disk(path: Path):
     finally:
         os.close(handle)
 
-# %% ../nbs/14_runs.ipynb #c025
+# %% ../nbs/14_runs.ipynb #c032
 def free_bytes(
     path,  # a file or folder, which need not exist yet
 ) -> int:  # bytes free on its disk for this user
@@ -135,7 +145,7 @@ def free_bytes(
         path = path.parent
     return shutil.disk_usage(path).free
 
-
+# %% ../nbs/14_runs.ipynb #c035
 def _size(count: float) -> str:
     "Bytes for people: 1.2 GB."
     for unit in ("B", "kB", "MB", "GB", "TB"):
@@ -143,7 +153,7 @@ def _size(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
 
-# %% ../nbs/14_runs.ipynb #c028
+# %% ../nbs/14_runs.ipynb #c038
 def need_space(
     path,  # folder to write to
     needed: int,  # bytes
@@ -155,7 +165,7 @@ def need_space(
         raise RunError(f"{what} needs {_size(needed)} in {path}, and {_size(free)} are free: free some space, or put reports on another disk "
                        f"(FRAMER_ROOT names the folder that holds reports/)")
 
-# %% ../nbs/14_runs.ipynb #c031
+# %% ../nbs/14_runs.ipynb #c041
 def _write_whole(path: Path, content: bytes):
     "Write beside, force to disk, rename: `path` holds the old content or the new, never a part."
     beside = path.with_name(f".{path.name}.partial-{os.getpid()}")
@@ -171,7 +181,7 @@ def _write_whole(path: Path, content: bytes):
             beside.unlink()
         raise RunError(f"cannot write {path}: {error.strerror or error} ({_size(free_bytes(path))} free there)") from error
 
-# %% ../nbs/14_runs.ipynb #c034
+# %% ../nbs/14_runs.ipynb #c044
 def write_json(
     path,  # the file to write
     value,  # anything `jsonable` takes
@@ -180,7 +190,7 @@ def write_json(
     "Write `value` as JSON, whole or not at all."
     _write_whole(Path(path), (json.dumps(jsonable(value, strict), indent=1) + "\n").encode())
 
-# %% ../nbs/14_runs.ipynb #c037
+# %% ../nbs/14_runs.ipynb #c047
 _PACKAGES = dict(torch="torch", diffusers="diffusers", transformers="transformers", accelerate="accelerate", numpy="numpy", safetensors="safetensors",
                  framer="framer-sr")
 
@@ -192,7 +202,7 @@ def _version(distribution: str):
     except importlib.metadata.PackageNotFoundError:
         return None
 
-# %% ../nbs/14_runs.ipynb #c040
+# %% ../nbs/14_runs.ipynb #c050
 def _git(root: Path):
     "Commit of the project and whether tracked files differ from it; None without git."
     def ask(*command):
@@ -202,7 +212,7 @@ def _git(root: Path):
     except (OSError, subprocess.SubprocessError):
         return None
 
-# %% ../nbs/14_runs.ipynb #c043
+# %% ../nbs/14_runs.ipynb #c053
 def _command() -> str:
     "The command that was typed: a notebook's kernel was started by papermill or Jupyter, whose command it is."
     try:
@@ -212,46 +222,58 @@ def _command() -> str:
         pass
     return " ".join(sys.argv)
 
-# %% ../nbs/14_runs.ipynb #c046
+# %% ../nbs/14_runs.ipynb #c056
+def _cpu() -> str:
+    "The processor's name."
+    try:
+        return re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1].strip()
+    except (OSError, TypeError):
+        return platform.processor() or platform.machine()
+
+# %% ../nbs/14_runs.ipynb #c059
 def hardware() -> dict:  # cpu, cores, threads, memory_bytes, gpus
     "The machine, as far as results and speed depend on it."
-    cpu = platform.processor() or platform.machine()
-    try:
-        cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1].strip()
-    except (OSError, TypeError):
-        pass
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         memory = None
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    return dict(cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), memory_bytes=memory, gpus=gpus)
+    return dict(cpu=_cpu(), cores=os.cpu_count(), threads=torch.get_num_threads(), memory_bytes=memory, gpus=gpus)
 
-# %% ../nbs/14_runs.ipynb #c049
+# %% ../nbs/14_runs.ipynb #c062
 def environment() -> dict:  # versions, git, hardware, date, command
     "Everything outside the parameters that a result may depend on."
     versions = dict(python=platform.python_version(), **{name: _version(distribution) for name, distribution in _PACKAGES.items()})
     return dict(versions=versions, git=_git(project_root()), hardware=hardware(), platform=platform.platform(),
                 date=datetime.now().astimezone().isoformat(timespec="seconds"), command=_command())
 
-# %% ../nbs/14_runs.ipynb #c052
-_held = {}  # lock file -> (pid of the holder, open file); a forked child holds none
-
-
+# %% ../nbs/14_runs.ipynb #c065
 def _take(file) -> bool:
     "Lock an open file for this process; False where another process has it."
     try:
         import fcntl
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:  # not a POSIX system: nothing to lock with
         warnings.warn("this system has no fcntl locks: make sure that no other process writes the same run")
-        return True
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
     except (BlockingIOError, PermissionError):
         return False
+    return True
 
-# %% ../nbs/14_runs.ipynb #c055
+# %% ../nbs/14_runs.ipynb #c068
+def _locked(folder: Path, holder: str) -> RunLocked:
+    "The error for a run that `holder` writes; '' is this very process."
+    if holder:
+        error = RunLocked(f"{folder} is being written by {holder}: wait for it, end it, or give this run another name with -p run NAME")
+    else:
+        error = RunLocked(f"{folder} is already open in this process: close() the run first (in a notebook: restart the kernel), "
+                          f"or give this one another name with -p run NAME")
+    error.holder = holder
+    return error
+
+# %% ../nbs/14_runs.ipynb #c071
+_held = {}  # lock file -> (pid of the holder, open file); a forked child holds none
+
+
 class RunLock:
     "The right to write one run, held until `release()` or the end of the process, however it ends."
     def __init__(self,
@@ -259,14 +281,13 @@ class RunLock:
     ):
         self.path = Path(folder).resolve() / ".lock"
         if _held.get(self.path, (None,))[0] == os.getpid():
-            raise RunLocked(f"{self.path.parent} is already open in this process: close() the run first (in a notebook: restart the kernel), "
-                            f"or give this one another name with -p run NAME")
+            raise _locked(self.path.parent, "")
         self.file = open(self.path, "a+")
         if not _take(self.file):
             self.file.seek(0)
             holder = self.file.read().strip() or "another process"
             self.file.close()
-            raise RunLocked(f"{self.path.parent} is being written by {holder}: wait for it, end it, or give this run another name with -p run NAME")
+            raise _locked(self.path.parent, holder)
         self.file.truncate(0)
         self.file.write(f"pid {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
         self.file.flush()
@@ -278,21 +299,31 @@ class RunLock:
             self.file.truncate(0)
         self.file.close()
 
-# %% ../nbs/14_runs.ipynb #c058
+# %% ../nbs/14_runs.ipynb #c074
+def _lock_within(folder: Path, wait: float, log) -> RunLock:
+    "Lock a run; where another process has it, try for up to `wait` seconds and tell `log` once."
+    end, told = time.monotonic() + wait, False
+    while True:
+        try:
+            return RunLock(folder)
+        except RunLocked as error:
+            if not error.holder or time.monotonic() >= end:
+                raise
+            if not told:
+                log(f"{folder} is being written by {error.holder}: waiting up to {wait:g} seconds for it to end")
+        told = True
+        time.sleep(0.2)
+
+# %% ../nbs/14_runs.ipynb #c077
 def _text(value) -> str:
     "One cell of history.csv."
-    if hasattr(value, "item"):
-        value = value.item()
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return repr(float(value))
-    text = str(value)
+    value = value.item() if hasattr(value, "item") else value
+    text = "" if value is None else repr(float(value)) if isinstance(value, float) else str(value)
     if any(mark in text for mark in "\r\n"):
         raise ValueError(f"history.csv holds one line a step: {text!r} has a line break")
     return text
 
-# %% ../nbs/14_runs.ipynb #c061
+# %% ../nbs/14_runs.ipynb #c080
 def _value(text: str):
     "The number, text or None that `_text` wrote."
     if text in ("", "True", "False"):
@@ -304,14 +335,25 @@ def _value(text: str):
             pass
     return text
 
-# %% ../nbs/14_runs.ipynb #c064
+# %% ../nbs/14_runs.ipynb #c083
 def _line(cells) -> str:
     "One line of CSV."
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerow(cells)
     return out.getvalue()
 
-# %% ../nbs/14_runs.ipynb #c067
+# %% ../nbs/14_runs.ipynb #c086
+def _kept_lines(lines: list, last_step: int) -> list:
+    "The header and the whole lines up to `last_step`, of history.csv's lines in bytes."
+    step = next(csv.reader([lines[0].decode()])).index("step")
+    kept = lines[:1]
+    for line in lines[1:]:
+        cells = next(csv.reader([line.decode(errors="replace")]), [])
+        if len(cells) > step and isinstance(_value(cells[step]), int) and _value(cells[step]) <= last_step:
+            kept.append(line)
+    return kept
+
+# %% ../nbs/14_runs.ipynb #c089
 def truncate_history(
     path,  # history.csv
     last_step,  # keep rows up to this step; None keeps none
@@ -321,18 +363,13 @@ def truncate_history(
     if not path.exists():
         return
     lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line break was not finished
-    kept = lines[:1]
-    step = next(csv.reader([kept[0].decode()])).index("step") if kept and last_step is not None else None
-    for line in lines[1:] if step is not None else ():
-        cells = next(csv.reader([line.decode(errors="replace")]), [])
-        if len(cells) > step and isinstance(_value(cells[step]), int) and _value(cells[step]) <= last_step:
-            kept.append(line)
+    kept = _kept_lines(lines, last_step) if lines and last_step is not None else []
     if len(kept) < 2:
         path.unlink()
     else:
         _write_whole(path, b"\n".join(kept) + b"\n")
 
-# %% ../nbs/14_runs.ipynb #c070
+# %% ../nbs/14_runs.ipynb #c092
 def read_history(
     path,  # history.csv, or a run's folder
 ) -> list:  # one dictionary a row: numbers as numbers, an empty cell as None
@@ -344,29 +381,33 @@ def read_history(
     rows = csv.DictReader(io.StringIO(text[:text.rfind("\n") + 1]))
     return [{key: _value(cell) for key, cell in row.items()} for row in rows]
 
-# %% ../nbs/14_runs.ipynb #c073
+# %% ../nbs/14_runs.ipynb #c095
+def _check_row(row: dict, columns: list, last_step):
+    "Raise where `row` does not fit history's columns, or does not follow its last step."
+    unknown = [key for key in row if key not in columns]
+    if unknown or "step" not in row:
+        raise ValueError(f"history.csv has the columns {columns}; " + (f"{unknown} are not among them" if unknown else "this row has no 'step'"))
+    if last_step is not None and row["step"] <= last_step:
+        raise ValueError(f"history.csv is at step {last_step}, so step {row['step']} cannot follow: resume from a checkpoint first")
+
+# %% ../nbs/14_runs.ipynb #c098
 class History:
     "history.csv, open for rows. Columns are fixed by the first row (or by `columns`); a value missing later is an empty cell, a new one an error."
     def __init__(self,
         path,  # history.csv; rows already there stay and fix the columns
         columns=None,  # all columns, where the first row does not have them all
     ):
-        self.path = Path(path)
+        self.path, self.file = Path(path), None
         rows = read_history(self.path)
         self.columns = list(rows[0]) if rows else (list(columns) if columns else None)
         self.last_step = rows[-1]["step"] if rows else None
-        self.file = None
 
     def append(self,
         row: dict,  # column -> number, text or None; "step" is required and grows
     ):
         "Write one row and hand it to the operating system, so that killing this process does not lose it."
         self.columns = self.columns or list(row)
-        unknown = [key for key in row if key not in self.columns]
-        if unknown or "step" not in row:
-            raise ValueError(f"history.csv has the columns {self.columns}; " + (f"{unknown} are not among them" if unknown else "this row has no 'step'"))
-        if self.last_step is not None and row["step"] <= self.last_step:
-            raise ValueError(f"history.csv is at step {self.last_step}, so step {row['step']} cannot follow: resume from a checkpoint first")
+        _check_row(row, self.columns, self.last_step)
         text = _line(_text(row.get(column)) for column in self.columns)
         try:
             self.file = self.file or open(self.path, "a", encoding="utf-8", newline="")
@@ -376,6 +417,10 @@ class History:
             raise RunError(f"cannot write {self.path}: {error.strerror or error}; free some space, then rerun with -p resume True") from error
         self.last_step = int(row["step"])
 
+    def sync(self):
+        "Force the rows to the disk."
+        if self.file is not None:
+            os.fsync(self.file.fileno())
 
     def close(self):
         "Force the rows to the disk and close the file; a later `append` opens it again."
@@ -384,16 +429,13 @@ class History:
             self.file.close()
         self.file = None
 
-# %% ../nbs/14_runs.ipynb #c075
-def _history_sync(self):
-    "Force the rows to the disk."
-    if self.file is not None:
-        os.fsync(self.file.fileno())
+# %% ../nbs/14_runs.ipynb #c101
+def _row_differences(one: dict, other: dict, ignore=()) -> list:
+    "Where two rows of one step differ, to the last bit."
+    columns = [key for key in dict.fromkeys([*one, *other]) if key not in ignore]
+    return [f"step {one.get('step')}: {key} is {one.get(key)!r} against {other.get(key)!r}" for key in columns if repr(one.get(key)) != repr(other.get(key))]
 
-
-History.sync = _history_sync
-
-# %% ../nbs/14_runs.ipynb #c078
+# %% ../nbs/14_runs.ipynb #c104
 def history_differences(
     one,  # history.csv, a run's folder, or rows
     other,  # the same
@@ -402,13 +444,16 @@ def history_differences(
     "Where two histories differ."
     one, other = (rows if isinstance(rows, list) else read_history(rows) for rows in (one, other))
     found = [] if len(one) == len(other) else [f"{len(one)} rows against {len(other)}"]
-    for a, b in zip(one, other):
-        for key in [key for key in dict(**a, **{k: 0 for k in b if k not in a}) if key not in ignore]:
-            if repr(a.get(key)) != repr(b.get(key)):
-                found.append(f"step {a.get('step')}: {key} is {a.get(key)!r} against {b.get(key)!r}")
-    return found
+    return found + [text for pair in zip(one, other) for text in _row_differences(*pair, ignore)]
 
-# %% ../nbs/14_runs.ipynb #c081
+# %% ../nbs/14_runs.ipynb #c107
+def _check_keys(value: dict, place: str):
+    "Raise where a key of a state's dictionary is neither text nor a number."
+    for key in value:
+        if type(key) not in (str, int, float, bool, type(None)):
+            raise TypeError(f"state {place or 'given'}: key {key!r} is neither text nor a number")
+
+# %% ../nbs/14_runs.ipynb #c110
 def pack_state(
     value,  # a tree of dictionaries, lists, tuples, numbers, strings, None, tensors and numpy arrays
     place: str = "",  # its name so far
@@ -416,19 +461,14 @@ def pack_state(
 ) -> tuple:  # (tensors by name, the tree as JSON)
     "Take a state apart into tensors and JSON; anything else in it is an error naming its place."
     tensors = {} if tensors is None else tensors
-
-    def below(item, key):
-        return pack_state(item, f"{place}.{key}" if place else str(key), tensors)[1]
-
+    below = lambda item, key: pack_state(item, f"{place}.{key}" if place else str(key), tensors)[1]
     if hasattr(value, "dtype") and hasattr(value, "shape") and not torch.is_tensor(value):
         value = torch.from_numpy(value.copy()) if value.ndim else value.item()
     if torch.is_tensor(value):
         tensors[place or "value"] = value
         return tensors, {"tensor": place or "value"}
     if isinstance(value, dict):
-        for key in value:
-            if type(key) not in (str, int, float, bool, type(None)):
-                raise TypeError(f"state {place or 'given'}: key {key!r} is neither text nor a number")
+        _check_keys(value, place)
         return tensors, {"dict": [[key, below(item, key)] for key, item in value.items()]}
     if isinstance(value, (list, tuple)):
         return tensors, {"tuple" if isinstance(value, tuple) else "list": [below(item, i) for i, item in enumerate(value)]}
@@ -436,7 +476,7 @@ def pack_state(
         return tensors, value
     raise TypeError(f"state {place or 'given'} is a {type(value).__name__}: only numbers, text, lists, dictionaries and tensors are saved (no pickle)")
 
-# %% ../nbs/14_runs.ipynb #c084
+# %% ../nbs/14_runs.ipynb #c113
 def unpack_state(
     tensors: dict,  # by name, from `pack_state`
     tree,  # from `pack_state`
@@ -451,14 +491,14 @@ def unpack_state(
         return {key: unpack_state(tensors, item) for key, item in content}
     return (tuple if kind == "tuple" else list)(unpack_state(tensors, item) for item in content)
 
-# %% ../nbs/14_runs.ipynb #c087
+# %% ../nbs/14_runs.ipynb #c116
 def pack_optimizer(
     optimizer,  # torch optimiser, scheduler or gradient scaler (anything with state_dict), or the state_dict itself
 ) -> tuple:  # (tensors by name, JSON)
     "An optimiser's state in safetensors' and JSON's terms."
     return pack_state(optimizer.state_dict() if hasattr(optimizer, "state_dict") else optimizer)
 
-# %% ../nbs/14_runs.ipynb #c090
+# %% ../nbs/14_runs.ipynb #c119
 def unpack_optimizer(
     optimizer,  # the same kind of object, over the same parameters; changed in place
     tensors: dict,  # from `pack_optimizer`
@@ -467,7 +507,7 @@ def unpack_optimizer(
     "Load a packed state into `optimizer`."
     optimizer.load_state_dict(unpack_state(tensors, tree))
 
-# %% ../nbs/14_runs.ipynb #c093
+# %% ../nbs/14_runs.ipynb #c122
 def rng_state(
     generators: dict = None,  # name -> torch.Generator to take along
 ) -> tuple:  # (tensors by name, JSON)
@@ -482,7 +522,24 @@ def rng_state(
     state["generators"] = {name: generator.get_state() for name, generator in (generators or {}).items()}
     return pack_state(state)
 
-# %% ../nbs/14_runs.ipynb #c096
+# %% ../nbs/14_runs.ipynb #c125
+def _set_numpy(state):
+    "Put numpy's generator back; `state` is None where numpy was not in use."
+    if state is not None:
+        import numpy
+        kind, words, *rest = state
+        numpy.random.set_state((kind, words.numpy().astype("uint32"), *rest))
+
+# %% ../nbs/14_runs.ipynb #c128
+def _set_cuda(states):
+    "Put the GPUs' generators back where as many GPUs are here; a warning where not."
+    here = torch.cuda.device_count()
+    if len(states) == here > 0:
+        torch.cuda.set_rng_state_all([one.cpu() for one in states])
+    elif states:
+        warnings.warn(f"{len(states)} GPUs' random states were saved and {here} GPUs are here: left as they are")
+
+# %% ../nbs/14_runs.ipynb #c131
 def set_rng_state(
     tensors: dict,  # from `rng_state`
     tree,  # from `rng_state`
@@ -493,20 +550,14 @@ def set_rng_state(
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words.tolist()), gauss))
     torch.set_rng_state(state["torch"].cpu())
-    if "numpy" in state:
-        import numpy
-        kind, words, *rest = state["numpy"]
-        numpy.random.set_state((kind, words.numpy().astype("uint32"), *rest))
-    if len(state.get("cuda", ())) == torch.cuda.device_count() > 0:
-        torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
-    elif state.get("cuda"):
-        warnings.warn(f"{len(state['cuda'])} GPUs' random states were saved and {torch.cuda.device_count()} GPUs are here: left as they are")
+    _set_numpy(state.get("numpy"))
+    _set_cuda(state.get("cuda", ()))
     for name, generator in (generators or {}).items():
         if name not in state["generators"]:
             raise CheckpointError(f"no generator {name!r} in the checkpoint, which has {sorted(state['generators'])}")
         generator.set_state(state["generators"][name].cpu())
 
-# %% ../nbs/14_runs.ipynb #c099
+# %% ../nbs/14_runs.ipynb #c134
 def plain_tensors(
     tensors: dict,  # name -> tensor on any device
 ) -> dict:  # name -> contiguous CPU tensor, no two sharing memory
@@ -523,19 +574,7 @@ def plain_tensors(
         plain[str(name)] = tensor
     return plain
 
-# %% ../nbs/14_runs.ipynb #c102
-_STEP = re.compile(r"step-(\d+)$")
-
-
-def checkpoint_steps(
-    folder,  # the run's folder
-) -> list:  # steps, oldest first; damaged ones included
-    "The steps that have a checkpoint folder."
-    folder = Path(folder) / "checkpoints"
-    found = [_STEP.match(path.name) for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
-    return sorted(int(match[1]) for match in found if match)
-
-
+# %% ../nbs/14_runs.ipynb #c137
 def checkpoint_path(
     folder,  # the run's folder
     step: int,  # finished optimiser steps
@@ -543,14 +582,23 @@ def checkpoint_path(
     "The folder of the checkpoint of `step`."
     return Path(folder) / "checkpoints" / f"step-{step:06d}"
 
-# %% ../nbs/14_runs.ipynb #c105
+# %% ../nbs/14_runs.ipynb #c140
+def checkpoint_steps(
+    folder,  # the run's folder
+) -> list:  # steps, oldest first; damaged ones included
+    "The steps that have a checkpoint folder."
+    folder = Path(folder) / "checkpoints"
+    found = [re.match(r"step-(\d+)$", path.name) for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    return sorted(int(match[1]) for match in found if match)
+
+# %% ../nbs/14_runs.ipynb #c143
 def _remove(path: Path, step: int):
     "Remove a checkpoint: out of sight first, so that a kill on the way leaves nothing that looks like one."
     hidden = path.with_name(f".step-{step:06d}.removed-{os.getpid()}")
     os.replace(path, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 
-# %% ../nbs/14_runs.ipynb #c108
+# %% ../nbs/14_runs.ipynb #c146
 def clean_leftovers(
     folder,  # the run's folder, locked by this process
 ) -> list:  # names of what was removed
@@ -567,7 +615,7 @@ def clean_leftovers(
         path.unlink()
     return done
 
-# %% ../nbs/14_runs.ipynb #c111
+# %% ../nbs/14_runs.ipynb #c149
 def _sha256(path: Path) -> str:
     "SHA-256 of a file."
     total = hashlib.sha256()
@@ -576,12 +624,12 @@ def _sha256(path: Path) -> str:
             total.update(block)
     return total.hexdigest()
 
-# %% ../nbs/14_runs.ipynb #c114
+# %% ../nbs/14_runs.ipynb #c152
 def _text_sha256(state) -> str:
     "SHA-256 of a state's JSON."
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
-
+# %% ../nbs/14_runs.ipynb #c155
 def _write_parts(partial: Path, step: int, groups: dict, state):
     "Write a checkpoint's files into `partial` and force them to disk; state.json comes last."
     partial.mkdir(parents=True)
@@ -595,7 +643,7 @@ def _write_parts(partial: Path, step: int, groups: dict, state):
     write_json(partial / "state.json", record, strict=False)
     _to_disk(partial)
 
-# %% ../nbs/14_runs.ipynb #c117
+# %% ../nbs/14_runs.ipynb #c158
 def _put_in_place(partial: Path, path: Path):
     "Rename a finished checkpoint to its name, past an older one of the same step."
     old = path.with_name(f".{path.name}.old-{os.getpid()}")
@@ -605,7 +653,7 @@ def _put_in_place(partial: Path, path: Path):
     _to_disk(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/14_runs.ipynb #c120
+# %% ../nbs/14_runs.ipynb #c161
 @dataclass
 class Checkpoint:
     "One checkpoint, read."
@@ -614,7 +662,16 @@ class Checkpoint:
     tensors: dict  # group -> name -> CPU tensor
     state: dict  # what was given as `state`
 
-# %% ../nbs/14_runs.ipynb #c123
+# %% ../nbs/14_runs.ipynb #c164
+def _file_damage(path: Path, expected: dict) -> str:
+    "What is wrong with one file, '' where its size and sum are as recorded."
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != expected["bytes"]:
+        return f"{path.name} has {path.stat().st_size} bytes and should have {expected['bytes']}"
+    return "" if _sha256(path) == expected["sha256"] else f"{path.name} has changed since it was written (SHA-256 differs)"
+
+# %% ../nbs/14_runs.ipynb #c167
 def check_checkpoint(
     path,  # a checkpoint's folder
 ) -> str:  # what is wrong with it; "" where nothing is
@@ -624,18 +681,12 @@ def check_checkpoint(
         record = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if record["state_sha256"] != _text_sha256(record["state"]):
             return "state.json has changed since it was written (SHA-256 differs)"
-        for name, expected in record["files"].items():
-            if not (path / name).is_file():
-                return f"{name} is missing"
-            if (path / name).stat().st_size != expected["bytes"]:
-                return f"{name} has {(path / name).stat().st_size} bytes and should have {expected['bytes']}"
-            if _sha256(path / name) != expected["sha256"]:
-                return f"{name} has changed since it was written (SHA-256 differs)"
+        damage = (_file_damage(path / name, expected) for name, expected in record["files"].items())
+        return next(filter(None, damage), "")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"state.json cannot be read ({error})"
-    return ""
 
-# %% ../nbs/14_runs.ipynb #c126
+# %% ../nbs/14_runs.ipynb #c170
 def newest_checkpoint(
     folder,  # the run's folder
 ) -> int:  # the newest step whose checkpoint is complete; None where there is none
@@ -646,7 +697,7 @@ def newest_checkpoint(
             return step
         warnings.warn(f"checkpoint {checkpoint_path(folder, step)} is damaged and passed over: {wrong}")
 
-# %% ../nbs/14_runs.ipynb #c129
+# %% ../nbs/14_runs.ipynb #c173
 def _failure(folder: Path, step: int, error, needed: int) -> CheckpointError:
     "What to say when a checkpoint could not be written."
     with warnings.catch_warnings():
@@ -656,22 +707,12 @@ def _failure(folder: Path, step: int, error, needed: int) -> CheckpointError:
     return CheckpointError(f"cannot write checkpoint {checkpoint_path(folder, step)}: {error}. It needs {_size(needed)}, {_size(free_bytes(folder))} are free. "
                            f"The last checkpoint: {last}. Free some space, then the same command with -p resume True goes on from there")
 
-# %% ../nbs/14_runs.ipynb #c132
-def save_checkpoint(
-    folder,  # the run's folder
-    step: int,  # finished optimiser steps
-    tensors: dict,  # group -> name -> tensor; one safetensors file a group
-    state: dict = None,  # JSON: schedulers, sampler position, trees of `pack_state`
-    keep=2,  # how many of the newest to keep; None keeps all
-) -> Path:  # the checkpoint's folder
-    "Write a checkpoint whole or not at all, then remove the oldest, and any of later steps (left by a history that was resumed from before them)."
-    folder, step = Path(folder), int(step)
-    if keep is not None and keep < 1:
-        raise ValueError(f"keep is {keep}: at least the checkpoint just written is kept; None keeps all")
-    groups, state = {group: plain_tensors(named) for group, named in tensors.items()}, jsonable(state or {}, strict=False)
-    needed = sum(tensor.nbytes + 256 for named in groups.values() for tensor in named.values()) + len(json.dumps(state)) + 65536
+# %% ../nbs/14_runs.ipynb #c176
+def _write_checkpoint(folder: Path, step: int, groups: dict, state) -> Path:
+    "One checkpoint, whole or not at all."
     path = checkpoint_path(folder, step)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    needed = sum(tensor.nbytes + 256 for named in groups.values() for tensor in named.values()) + len(json.dumps(state)) + 65536
     try:
         if free_bytes(folder) < needed:
             raise OSError("the disk is full")
@@ -684,13 +725,43 @@ def save_checkpoint(
     except BaseException:  # interrupted from the keyboard
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    return path
+
+# %% ../nbs/14_runs.ipynb #c179
+def _remove_others(folder: Path, step: int, keep):
+    "Remove the checkpoints of later steps, and the oldest, so that `keep` stay."
     steps = checkpoint_steps(folder)
     earlier = [one for one in steps if one <= step]
     for one in [one for one in steps if one > step] + (earlier[:-keep] if keep else []):
         _remove(checkpoint_path(folder, one), one)
+
+# %% ../nbs/14_runs.ipynb #c182
+def save_checkpoint(
+    folder,  # the run's folder
+    step: int,  # finished optimiser steps
+    tensors: dict,  # group -> name -> tensor; one safetensors file a group
+    state: dict = None,  # JSON: schedulers, sampler position, trees of `pack_state`
+    keep=2,  # how many of the newest to keep; None keeps all
+) -> Path:  # the checkpoint's folder
+    "Write a checkpoint whole or not at all, then remove the oldest, and any of later steps (left by a history that was resumed from before them)."
+    if keep is not None and keep < 1:
+        raise ValueError(f"keep is {keep}: at least the checkpoint just written is kept; None keeps all")
+    groups = {group: plain_tensors(named) for group, named in tensors.items()}
+    path = _write_checkpoint(Path(folder), int(step), groups, jsonable(state or {}, strict=False))
+    _remove_others(Path(folder), int(step), keep)
     return path
 
-# %% ../nbs/14_runs.ipynb #c135
+# %% ../nbs/14_runs.ipynb #c185
+def _read_checkpoint(path: Path) -> Checkpoint:
+    "Read a checkpoint's folder as it is, without comparing sums."
+    try:
+        record = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in record["files"]}
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return Checkpoint(record["step"], path, tensors, record["state"])
+
+# %% ../nbs/14_runs.ipynb #c188
 def load_checkpoint(
     folder,  # the run's folder
     step: int = None,  # which one; None is the newest complete one
@@ -706,22 +777,15 @@ def load_checkpoint(
         raise CheckpointError(f"{path} does not exist; there are checkpoints of steps {checkpoint_steps(folder) or 'none'}")
     if verify and (wrong := check_checkpoint(path)):
         raise CheckpointError(f"{path} is damaged: {wrong}; there are checkpoints of steps {checkpoint_steps(folder)}")
-    try:
-        record = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in record["files"]}
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    return Checkpoint(record["step"], path, tensors, record["state"])
+    return _read_checkpoint(path)
 
-# %% ../nbs/14_runs.ipynb #c140
-class RunFolder:
-    "A run's folder: names, and what it holds. `open_run` makes one that may be written."
+# %% ../nbs/14_runs.ipynb #c193
+class RunParts:
+    "The names of a run's parts."
     def __init__(self,
         name_or_path,  # "sd2" is reports/sd2; an absolute path is taken as it is
     ):
         self.path = run_path(name_or_path)
-        self.lock = self.history = self.config = None
-        self.start_step, self.resumed, self.message = 0, False, ""
 
     name = property(lambda self: self.path.name)
     figures = property(lambda self: self.path / "figures")
@@ -729,79 +793,95 @@ class RunFolder:
     metrics_file = property(lambda self: self.path / "metrics.json")
     history_file = property(lambda self: self.path / "history.csv")
 
+# %% ../nbs/14_runs.ipynb #c196
+def _read_config(file: Path) -> dict:
+    "config.json with its two parts, 'config' and 'environment'."
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        return dict(record, config=dict(record["config"]), environment=dict(record["environment"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{file} cannot be read ({error}): this run cannot be resumed; start another with -p run NAME") from error
+
+# %% ../nbs/14_runs.ipynb #c199
+class RunRecord(RunParts):
+    "What a run holds."
+    resumed, start_step = False, 0  # set by `open_run` where it goes on from a checkpoint
+
     def exists(self) -> bool:
         "True where a run was started here; a folder with only an executed notebook in it is not a run yet."
         return any(path.exists() for path in (self.config_file, self.history_file)) or bool(checkpoint_steps(self.path))
 
     def read_config(self) -> dict:
         "config.json: the parameters under 'config', the machine under 'environment'."
-        try:
-            record = json.loads(self.config_file.read_text(encoding="utf-8"))
-            return dict(record, config=dict(record["config"]), environment=dict(record["environment"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{self.config_file} cannot be read ({error}): this run cannot be resumed; start another with -p run NAME") from error
+        return _read_config(self.config_file)
 
-# %% ../nbs/14_runs.ipynb #c143
-def _run_read_history(self) -> list:
-    "The rows of history.csv."
-    return read_history(self.history_file)
+    def read_history(self) -> list:
+        "The rows of history.csv."
+        return read_history(self.history_file)
 
+    def load_checkpoint(self,
+        step: int = None,  # None is the one this run goes on from, or else the newest complete one
+    ) -> Checkpoint:  # None where there is none
+        "Read a checkpoint of this run."
+        if step is None and self.resumed:
+            return load_checkpoint(self.path, self.start_step, verify=False)
+        return load_checkpoint(self.path, step)
 
-def _run_load_checkpoint(self,
-    step: int = None,  # None is the one this run goes on from, or else the newest complete one
-) -> Checkpoint:  # None where there is none
-    "Read a checkpoint of this run."
-    if step is None and self.resumed:
-        return load_checkpoint(self.path, self.start_step, verify=False)
-    return load_checkpoint(self.path, step)
-
-
-def _run_save_checkpoint(self,
-    step: int,  # finished optimiser steps
-    tensors: dict,  # group -> name -> tensor
-    state: dict = None,  # JSON
-    keep=2,  # how many of the newest to keep
-) -> Path:  # the checkpoint's folder
-    "History to disk, then `save_checkpoint` into this run."
-    if self.history is not None:
-        self.history.sync()
-    return save_checkpoint(self.path, step, tensors, state, keep)
-
-
-RunFolder.read_history, RunFolder.load_checkpoint, RunFolder.save_checkpoint = _run_read_history, _run_load_checkpoint, _run_save_checkpoint
-
-# %% ../nbs/14_runs.ipynb #c146
-def _run_save_figure(self,
-    figure,  # matplotlib figure
-    name: str,  # file name without suffix
-    dpi: int = 100,  # dots per inch
-) -> Path:  # the file
-    "Write `figure` to figures/<name>.png."
-    self.figures.mkdir(exist_ok=True)
+# %% ../nbs/14_runs.ipynb #c202
+def _picture(figure, dpi: int) -> bytes:
+    "A matplotlib figure as a PNG file's content."
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=dpi, bbox_inches="tight")
-    _write_whole(self.figures / f"{name}.png", content.getvalue())
-    return self.figures / f"{name}.png"
+    return content.getvalue()
 
+# %% ../nbs/14_runs.ipynb #c205
+class RunFolder(RunRecord):
+    "A run's folder: names, what it holds, and writing to it. `open_run` makes one that may be written."
+    lock = history = config = None  # set by `open_run`
+    message = ""  # how the run began, in one line
 
-def _run_write_metrics(self, metrics: dict):
-    "Write metrics.json."
-    write_json(self.metrics_file, metrics)
+    def save_checkpoint(self,
+        step: int,  # finished optimiser steps
+        tensors: dict,  # group -> name -> tensor
+        state: dict = None,  # JSON
+        keep=2,  # how many of the newest to keep
+    ) -> Path:  # the checkpoint's folder
+        "History to disk, then `save_checkpoint` into this run."
+        if self.history is not None:
+            self.history.sync()
+        return save_checkpoint(self.path, step, tensors, state, keep)
 
+    def save_figure(self, figure, name: str, dpi: int = 100) -> Path:
+        "Write a matplotlib figure to figures/<name>.png, and say where."
+        self.figures.mkdir(exist_ok=True)
+        _write_whole(self.figures / f"{name}.png", _picture(figure, dpi))
+        return self.figures / f"{name}.png"
 
-def _run_close(self):
-    "Close the history and give the lock back."
-    if self.history is not None:
-        self.history.close()
-    if self.lock is not None:
-        self.lock.release()
-    self.lock = None
+    def write_metrics(self, metrics: dict):
+        "Write metrics.json."
+        write_json(self.metrics_file, metrics)
 
+    def close(self):
+        "Close the history and give the lock back."
+        if self.history is not None:
+            self.history.close()
+        if self.lock is not None:
+            self.lock.release()
+        self.lock = None
 
-RunFolder.save_figure, RunFolder.write_metrics, RunFolder.close = _run_save_figure, _run_write_metrics, _run_close
-RunFolder.__enter__, RunFolder.__exit__ = (lambda self: self), (lambda self, *error: self.close())
+    def __enter__(self):
+        return self
 
-# %% ../nbs/14_runs.ipynb #c149
+    def __exit__(self, *error):
+        self.close()
+
+# %% ../nbs/14_runs.ipynb #c208
+def _why_not(path: Path, error: OSError) -> str:
+    "Why a folder cannot be written: a file in its way, or what the system says."
+    in_way = next((one for one in (path, *path.parents) if one.exists() and not one.is_dir()), None)
+    return f"{in_way} is a file, not a folder" if in_way else error.strerror or str(error)
+
+# %% ../nbs/14_runs.ipynb #c211
 def prepare_folder(
     path,  # the run's folder
     needed_bytes: int = 0,  # space the run will take
@@ -814,13 +894,11 @@ def prepare_folder(
         probe.write_bytes(b"x")
         probe.unlink()
     except OSError as error:
-        in_way = next((one for one in (path, *path.parents) if one.exists() and not one.is_dir()), None)
-        why = f"{in_way} is a file, not a folder" if in_way else error.strerror or str(error)
-        raise RunError(f"the run's folder {path} cannot be written: {why}. Give another name with -p run NAME, or set FRAMER_ROOT to a folder "
+        raise RunError(f"the run's folder {path} cannot be written: {_why_not(path, error)}. Give another name with -p run NAME, or set FRAMER_ROOT to a folder "
                        f"where reports/ can be written") from error
     need_space(path, needed_bytes, f"run {path.name}")
 
-# %% ../nbs/14_runs.ipynb #c152
+# %% ../nbs/14_runs.ipynb #c214
 _MISSING = "nothing"  # in place of the value of a parameter that is not there
 
 
@@ -831,7 +909,7 @@ def _flat(config: dict, prefix: str = "") -> dict:
         flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value})
     return flat
 
-# %% ../nbs/14_runs.ipynb #c154
+# %% ../nbs/14_runs.ipynb #c217
 def config_differences(
     given: dict,  # this command's parameters
     recorded: dict,  # those of config.json
@@ -844,7 +922,23 @@ def config_differences(
     pairs = {name: (given.get(name, _MISSING), recorded.get(name, _MISSING)) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1] or isinstance(pair[0], bool) != isinstance(pair[1], bool)}
 
-# %% ../nbs/14_runs.ipynb #c156
+# %% ../nbs/14_runs.ipynb #c220
+def _check_threads(path: Path, recorded):
+    "Raise where this process has another number of torch threads than the recorded one (None: not recorded)."
+    now = torch.get_num_threads()
+    if recorded and recorded != now:
+        raise RunError(f"run {path} was started with {recorded} torch threads and this process has {now}, which gives other bits: "
+                       f"set OMP_NUM_THREADS={recorded} before the command (or torch.set_num_threads({recorded})), or start another run with -p run NAME")
+
+# %% ../nbs/14_runs.ipynb #c223
+def _warn_versions(name: str, recorded: dict):
+    "Warn where packages that bits depend on have changed since the run was started."
+    here = environment()["versions"]
+    other = [f"{one} {recorded[one]} -> {here[one]}" for one in ("torch", "diffusers", "accelerate", "numpy") if one in recorded and recorded[one] != here[one]]
+    if other:
+        warnings.warn(f"versions have changed since run {name} was started ({', '.join(other)}): its bits may differ from an uninterrupted run's")
+
+# %% ../nbs/14_runs.ipynb #c226
 def _check_same(run: RunFolder, config: dict, may_change, same_threads: bool) -> dict:
     "Raise where a resumed run would not be the run that was started; return its record."
     record = run.read_config()
@@ -852,36 +946,46 @@ def _check_same(run: RunFolder, config: dict, may_change, same_threads: bool) ->
     if changed:
         lines = "".join(f"\n  {name}: given {one!r}, recorded {other!r}" for name, (one, other) in changed.items())
         raise RunError(f"run {run.path} was started with other parameters:{lines}\nGive the recorded ones, or start another run with -p run NAME")
-    threads, now = record["environment"].get("hardware", {}).get("threads"), torch.get_num_threads()
-    if same_threads and threads and threads != now:
-        raise RunError(f"run {run.path} was started with {threads} torch threads and this process has {now}, which gives other bits: "
-                       f"set OMP_NUM_THREADS={threads} before the command (or torch.set_num_threads({threads})), or start another run with -p run NAME")
-    before, here = record["environment"].get("versions", {}), environment()["versions"]
-    other = [f"{name} {before[name]} -> {here[name]}" for name in ("torch", "diffusers", "accelerate", "numpy") if before.get(name) != here[name] and name in before]
-    if other:
-        warnings.warn(f"versions have changed since run {run.path.name} was started ({', '.join(other)}): its bits may differ from an uninterrupted run's")
+    if same_threads:
+        _check_threads(run.path, record["environment"].get("hardware", {}).get("threads"))
+    _warn_versions(run.path.name, record["environment"].get("versions", {}))
     return record
 
-# %% ../nbs/14_runs.ipynb #c159
-def _start(run: RunFolder, config: dict):
+# %% ../nbs/14_runs.ipynb #c229
+def _start(run: RunFolder):
     "Begin at step 0: config.json first, so that from here on the folder is a run."
     for path in (run.history_file, run.metrics_file):
         path.unlink(missing_ok=True)
-    write_json(run.config_file, dict(format=1, name=run.name, config=config, environment=environment(), resumed=[]))
+    write_json(run.config_file, dict(format=1, name=run.name, config=run.config, environment=environment(), resumed=[]))
 
-
-def _resume(run: RunFolder, config: dict, may_change, same_threads: bool):
+# %% ../nbs/14_runs.ipynb #c232
+def _resume(run: RunFolder, may_change, same_threads: bool):
     "Find the step to go on from and put history back to it."
-    record = _check_same(run, config, may_change, same_threads)
+    record = _check_same(run, run.config, may_change, same_threads)
     step = newest_checkpoint(run.path)
     if step is None and checkpoint_steps(run.path):
         raise CheckpointError(f"every checkpoint of {run.path} is damaged (steps {checkpoint_steps(run.path)}): nothing to go on from; start another run with -p run NAME")
     truncate_history(run.history_file, step)
     run.start_step, run.resumed = step or 0, step is not None
-    record["resumed"] = [*record.get("resumed", []), dict(from_step=run.start_step, changed=config_differences(config, record["config"]), environment=environment())]
-    write_json(run.config_file, dict(record, config=config))
+    note = dict(from_step=run.start_step, changed=config_differences(run.config, record["config"]), environment=environment())
+    write_json(run.config_file, dict(record, config=run.config, resumed=[*record.get("resumed", []), note]))
 
-# %% ../nbs/14_runs.ipynb #c161
+# %% ../nbs/14_runs.ipynb #c235
+def _begin(run: RunFolder, resume: bool, may_change, same_threads: bool):
+    "Start or go on, and say how in `run.message`."
+    existed = run.exists()
+    if existed and not resume:
+        raise RunError(f"run {run.path} exists: go on with it with -p resume True, or start another with -p run NAME")
+    clean_leftovers(run.path)
+    if existed:
+        _resume(run, may_change, same_threads)
+    else:
+        _start(run)
+    nothing = f"nothing to resume ({run.path} {'has no checkpoint yet' if existed else 'does not exist yet'}), starts from the beginning"
+    how = f"goes on from step {run.start_step}" if run.resumed else nothing if resume else f"starts in {run.path}"
+    run.message = f"run {run.name}: {how}"
+
+# %% ../nbs/14_runs.ipynb #c238
 def open_run(
     name,  # "sd2" is reports/sd2; an absolute path is taken as it is
     config: dict,  # every parameter of the run
@@ -890,28 +994,19 @@ def open_run(
     needed_bytes: int = 0,  # space that checkpoints and pictures will take
     same_threads: bool = True,  # require the recorded number of torch threads on resuming
     columns=None,  # history's columns, where the first row does not have them all
-    log=print,  # told in one line how the run begins
+    log=print,  # told in one line how the run begins, and in one before where it waits for another process
+    wait: float = 10.0,  # seconds to wait for another process that is writing the run; 0 gives up at once
 ) -> RunFolder:  # locked, with `.start_step`, `.resumed`, `.history`; close() it, or use it in a `with`
     "Start a run, or go on with one; everything that can be wrong with the folder is a `RunError` here, before training."
     run = RunFolder(name)
     run.config = jsonable(config)
     prepare_folder(run.path, needed_bytes)
-    run.lock = RunLock(run.path)
+    run.lock = _lock_within(run.path, wait, log)
     try:
-        existed = run.exists()
-        if existed and not resume:
-            raise RunError(f"run {run.path} exists: go on with it with -p resume True, or start another with -p run NAME")
-        clean_leftovers(run.path)
-        if existed:
-            _resume(run, run.config, may_change, same_threads)
-        else:
-            _start(run, run.config)
+        _begin(run, resume, may_change, same_threads)
         run.history = History(run.history_file, columns)
     except BaseException:
         run.close()
         raise
-    nothing = "has no checkpoint yet" if existed else "does not exist yet"
-    run.message = (f"run {run.name}: goes on from step {run.start_step}" if run.resumed else
-                   f"run {run.name}: nothing to resume ({run.path} {nothing}), starts from the beginning" if resume else f"run {run.name}: starts in {run.path}")
     log(run.message)
     return run

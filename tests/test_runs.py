@@ -116,10 +116,41 @@ def test_lock_dies_with_its_holder(tmp_path):
     with pytest.raises(runs.RunLocked, match=f"pid {holder.pid} on "):
         runs.RunLock(tmp_path)
     with pytest.raises(runs.RunLocked, match="-p run NAME"):
-        runs.open_run(tmp_path, {}, log=str)
+        runs.open_run(tmp_path, {}, log=str, wait=0)
     holder.kill()
     holder.wait()
     runs.RunLock(tmp_path).release()
+
+
+# Takes the lock and ends a second after it was asked to, as the kernel of a killed papermill does.
+LEAVE = "import sys, time; from framer.runs import RunLock; RunLock(sys.argv[1]); print('held', flush=True); sys.stdin.readline(); time.sleep(1)"
+
+
+@posix
+def test_open_run_waits_for_a_holder_that_is_leaving(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", LEAVE, str(tmp_path)], cwd=ROOT, env=ENV, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    said, began = [], time.monotonic()
+    with pytest.raises(runs.RunLocked, match=f"pid {holder.pid} on ") as caught:
+        runs.open_run(tmp_path, {}, log=said.append, wait=0)
+    assert time.monotonic() - began < 2 and said == [] and f"pid {holder.pid} " in caught.value.holder
+    with pytest.raises(runs.RunLocked, match=f"pid {holder.pid} on "):
+        runs.open_run(tmp_path, {}, log=said.append, wait=0.5)
+    assert 0.5 <= time.monotonic() - began < 5 and len(said) == 1 and not (tmp_path / "config.json").exists()
+    print(file=holder.stdin, flush=True)
+    said.clear()
+    with runs.open_run(tmp_path, {}, log=said.append, wait=60) as run:
+        assert run.start_step == 0 and len(said) == 2 and said[1] == run.message
+        assert f"pid {holder.pid} on " in said[0] and "waiting up to 60 seconds" in said[0]
+    assert holder.wait(30) == 0
+
+
+def test_open_run_does_not_wait_for_its_own_process(tmp_path):
+    with runs.open_run(tmp_path, {}, log=str):
+        said, began = [], time.monotonic()
+        with pytest.raises(runs.RunLocked, match="already open in this process"):
+            runs.open_run(tmp_path, {}, resume=True, log=said.append, wait=60)
+        assert time.monotonic() - began < 5 and said == []
 
 
 @posix
