@@ -387,7 +387,7 @@ def model_card(latent_channels: int, # 4 or 16
 `diffusers.AutoencoderKL`, factor 8, block channels {BLOCK_CHANNELS}, no attention; weights in float16. Made by `nbs/train_autoencoder.ipynb`.
 
 - **Use**: `framer.autoencoder.load_autoencoder({latent_channels})`; the latent space of the tiny backbones of this package.
-- **Data**: {facts["pictures"]} pictures of free licences, listed below; origin, authors and licences: `data/README.md`.
+- **Data**: {facts["pictures"]} pictures, listed below. {facts["about"]}
 - **Budget**: {facts["steps"]} steps of {facts["batch_size"]} crops of {facts["crop"]} x {facts["crop"]} pixels, {facts["minutes"]} minutes on {facts["threads"]} thread(s) of one {facts["hardware"]}.
 - **Settings**: AdamW, lr {facts["lr"]}, gradient weight {facts["gradient_weight"]}, KL weight {facts["kl_weight"]}, seed {facts["seed"]}; torch {facts["torch"]}, diffusers {facts["diffusers"]}, commit {facts["commit"]}.
 - **Held-out PSNR**: {sum(psnr) / len(psnr):.2f} dB (mean over {len(psnr)} photographs never trained on, central 512 x 512, RGB).

@@ -9,7 +9,7 @@ __all__ = ['class_names', 'unwrap', 'tokens_to_map', 'input_size', 'first_map', 
            'match_layers', 'width_of', 'Taps', 'find_taps', 'Hook', 'hooks_left', 'CallRecord', 'Recorder',
            'forget_compiled', 'read_maps']
 
-# %% ../nbs/04_hooks.ipynb #c003
+# %% ../nbs/04_hooks.ipynb #c004
 import difflib
 import re
 import sys
@@ -19,14 +19,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/04_hooks.ipynb #c013
+# %% ../nbs/04_hooks.ipynb #c014
 _WRAPPERS = {
     "OptimizedModule": lambda m: m._orig_mod,  # torch.compile
-    "DistributedDataParallel": lambda m: m.module, "DataParallel": lambda m: m.module,
+    "DistributedDataParallel": lambda m: m.module, "DataParallel": lambda m: _on_one_device(m).module,
     "FullyShardedDataParallel": lambda m: m.module, "DeepSpeedEngine": lambda m: m.module,
     "PeftModel": lambda m: m.get_base_model(), "BaseTuner": lambda m: m.model,
     "SD2Backbone": lambda m: m.model, "SD3Backbone": lambda m: m.model,  # this package's
 }
+
+def _on_one_device(model: nn.DataParallel) -> nn.DataParallel:
+    "DataParallel as it is, unless it would run copies of the model in threads."
+    if len(model.device_ids) < 2: return model
+    raise ValueError(f"nn.DataParallel runs copies of the model on devices {model.device_ids}, which cannot be recorded: use DistributedDataParallel, or one device")
 
 def class_names(model: object) -> list[str]:
     "Names of the classes that `model` is an instance of, its own first."
@@ -41,7 +46,7 @@ def unwrap(
     if isinstance(model, nn.Module): return model
     raise TypeError(f"a torch.nn.Module was expected, not {type(model).__name__}; pass the network itself, such as pipeline.unet or pipeline.transformer")
 
-# %% ../nbs/04_hooks.ipynb #c016
+# %% ../nbs/04_hooks.ipynb #c017
 def tokens_to_map(
     tokens: Tensor,  # (B, N, C), row-major
     grid: tuple[int, int],  # (h, w) with h * w = N
@@ -59,7 +64,7 @@ def input_size(
     candidates = [kwargs.get("hidden_states"), kwargs.get("sample"), *args, *kwargs.values()]
     return next((tuple(x.shape[-2:]) for x in candidates if isinstance(x, Tensor) and x.ndim == 4), None)
 
-# %% ../nbs/04_hooks.ipynb #c018
+# %% ../nbs/04_hooks.ipynb #c019
 def first_map(
     output: object,  # what a layer returned
     name: str,  # the layer, for the error
@@ -73,7 +78,7 @@ def first_map(
     raise ValueError(f"layer {name!r} returned {shapes}, no (B, C, H, W) map among it; pass to_map=f with f(output, name) -> (B, C, H, W), "
                      "for tokens for example to_map=lambda output, name: framer.hooks.tokens_to_map(output, (h, w))")
 
-# %% ../nbs/04_hooks.ipynb #c021
+# %% ../nbs/04_hooks.ipynb #c022
 def unet_layers(
     model: nn.Module,  # a diffusers UNet2DConditionModel
 ) -> list[str]:  # names in forward order
@@ -86,27 +91,30 @@ def unet_layers(
                 yield f"{stage}.{b}.{kind}.{i}"
     return [*of("down_blocks"), *(["mid_block"] if getattr(model, "mid_block", None) is not None else []), *of("up_blocks")]
 
-# %% ../nbs/04_hooks.ipynb #c024
+# %% ../nbs/04_hooks.ipynb #c025
 def sd3_layers(
     model: nn.Module,  # a diffusers SD3Transformer2DModel
 ) -> list[str]:  # names in forward order
     "Every transformer block (Sec. 4.2)."
     return [f"transformer_blocks.{i}" for i in range(len(model.transformer_blocks))]
 
+# %% ../nbs/04_hooks.ipynb #c027
 def image_tokens(
     patch_size: int,  # latent pixels along the side of a patch
 ) -> Callable:  # to_map(output, name, inputs_hw) -> (B, C, h, w)
-    "How to read a block of an MM-DiT: its image tokens are the last 3-D tensor it returns; the grid follows from the model's input."
+    "How to read a block of an MM-DiT: its image tokens, laid out on the grid that follows from the model's input. Raises ValueError if no tensor fits the grid."
     def to_map(output, name, inputs_hw):
         parts = output if isinstance(output, (tuple, list)) else [output]
         tokens = [x for x in parts if isinstance(x, Tensor) and x.ndim == 3]
         if not tokens or inputs_hw is None: return first_map(output, name)
-        try: return tokens_to_map(tokens[-1], (inputs_hw[0] // patch_size, inputs_hw[1] // patch_size))
-        except ValueError as e:
-            raise ValueError(f"layer {name!r}: {e}. If other tokens are joined to the image's, pass to_map=f with f(output, name) -> (B, C, h, w)") from None
+        h, w = inputs_hw[0] // patch_size, inputs_hw[1] // patch_size
+        fitting = [x for x in tokens if x.shape[1] == h * w]
+        if fitting: return tokens_to_map(fitting[-1], (h, w))  # the image is the last of (text, image)
+        raise ValueError(f"layer {name!r} returned {[tuple(x.shape) for x in tokens]}, but the image's grid is {h} x {w} = {h * w} tokens; if other tokens are joined to them, "
+                         "pass to_map=f with f(output, name) -> (B, C, h, w)")
     return to_map
 
-# %% ../nbs/04_hooks.ipynb #c027
+# %% ../nbs/04_hooks.ipynb #c030
 def match_layers(
     known: list[str],  # all module names, in order
     layers: str | list[str],  # exact names and regular expressions
@@ -126,7 +134,7 @@ def _close_names(known: list[str], wanted: str) -> str:
     close = list(dict.fromkeys(difflib.get_close_matches(wanted, known, n=5, cutoff=0.4) + inside[:5]))
     return f"close to it: {', '.join(close)}" if close else f"the modules are {', '.join(known[1:9])}, ... (see model.named_modules())"
 
-# %% ../nbs/04_hooks.ipynb #c030
+# %% ../nbs/04_hooks.ipynb #c033
 def width_of(
     module: nn.Module,
 ) -> int | None:
@@ -137,7 +145,7 @@ def width_of(
     widths = [width_of(m) for m in module.modules() if m is not module and not list(m.children())]
     return next((w for w in reversed(widths) if w is not None), None)
 
-# %% ../nbs/04_hooks.ipynb #c033
+# %% ../nbs/04_hooks.ipynb #c036
 @dataclass
 class Taps:
     "The layers to record, in forward order; the last is the teacher."
@@ -155,15 +163,16 @@ class Taps:
         return [dict(layer=i, name=n, kind=type(unwrap(m)).__name__, role="student" if i < len(self.names) else "teacher", channels=c, shape=s)
                 for i, (n, m, c, s) in enumerate(zip(self.names, self.modules, self.channels, shapes), 1)]
 
-# %% ../nbs/04_hooks.ipynb #c034
-def _read_channels(names: list[str], modules: list[nn.Module], channels, default: int | None = None) -> list[int | None]:
+# %% ../nbs/04_hooks.ipynb #c037
+def _read_channels(names: list[str], modules: list[nn.Module], channels, known: dict[str, int]) -> list[int | None]:
     "Widths: as given (a list, a dict, or one for all), else read off."
     if isinstance(channels, int): return [channels] * len(names)
     if isinstance(channels, (list, tuple)):
         if len(channels) != len(names): raise ValueError(f"channels has {len(channels)} widths for {len(names)} layers: {', '.join(names)}")
         return list(channels)
     if (unknown := [n for n in channels or {} if n not in names]): raise ValueError(f"channels names {unknown}; the layers are {', '.join(names)}")
-    return [(channels or {}).get(n) or default or width_of(m) for n, m in zip(names, modules)]
+    given = {**known, **(channels or {})}
+    return [given.get(n) or width_of(m) for n, m in zip(names, modules)]
 
 def _no_layers(model: nn.Module) -> str:
     "The error for a model that is not known, with an example from the model itself."
@@ -174,7 +183,7 @@ def _no_layers(model: nn.Module) -> str:
             f"regular expressions in forward order, the last being the teacher, for example layers=[r\"{example}\"] ({size} modules), "
             "and to_map=f with f(output, name) -> (B, C, H, W) where a layer does not return such a map")
 
-# %% ../nbs/04_hooks.ipynb #c036
+# %% ../nbs/04_hooks.ipynb #c039
 _KNOWN = {"UNet2DConditionModel": unet_layers, "SD3Transformer2DModel": sd3_layers}
 
 def find_taps(
@@ -189,28 +198,28 @@ def find_taps(
     if layers is None and kind is None: raise ValueError(_no_layers(model))
     names = _ordered(model, kind, layers)
     if not names: raise ValueError(f"no layer of {type(model).__name__} to record: layers={layers!r}")
-    modules = [model.get_submodule(n) for n in names]
-    sd3 = kind == "SD3Transformer2DModel"
-    widths = _read_channels(names, modules, channels, model.inner_dim if sd3 and to_map is None and layers is None else None)
-    read = (lambda output, name, hw: to_map(output, name)) if to_map else image_tokens(model.config.patch_size) if sd3 else first_map
+    modules, sd3 = [model.get_submodule(n) for n in names], kind == "SD3Transformer2DModel"
+    widths = _read_channels(names, modules, channels, dict.fromkeys(sd3_layers(model), model.inner_dim) if sd3 else {})
+    read = (lambda output, name, inputs_hw: to_map(output, name)) if to_map else image_tokens(model.config.patch_size) if sd3 else first_map
     return Taps(model, names, modules, read, widths, kind == "UNet2DConditionModel" or len(set(widths)) > 1)
 
-# %% ../nbs/04_hooks.ipynb #c037
+# %% ../nbs/04_hooks.ipynb #c040
+def _unet_place(name: str) -> tuple:
+    "Where a U-Net's module stands in the forward pass: stage, block, layer; attention after resnet, samplers after layers, a whole after its parts."
+    stages = ["conv_in", "down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_act", "conv_out"]
+    stage, *rest = name.split(".")
+    block, part, layer = ((rest[:1] if stage != "mid_block" else ["0"]) + rest[stage != "mid_block":] + [""] * 3)[:3]
+    number = lambda x: int(x) if x.isdigit() else 10**6
+    whole = 10**6 if not part else 0
+    return stages.index(stage) if stage in stages else -1, number(block), whole, "samplers" in part, number(layer), part == "attentions"
+
 def _ordered(model: nn.Module, kind: str | None, layers: str | list[str] | None) -> list[str]:
     "Names in forward order: a known model's own order, else that of `layers`."
-    default = _KNOWN[kind](model) if kind else []
-    if layers is None: return default
+    if layers is None: return _KNOWN[kind](model)
     names = match_layers([n for n, _ in model.named_modules()], layers)
-    if kind != "UNet2DConditionModel": return names
-    stages = ["conv_in", "down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_act", "conv_out"]
-    parts = ["resnets", "attentions", "downsamplers", "upsamplers"]
-    def place(name):  # stage, block, samplers last, layer, attention after resnet
-        p = name.split(".") + [""] * 4
-        sampler = p[2] in parts[2:]
-        return stages.index(p[0]) if p[0] in stages else -1, int(p[1] or 0) if p[1].isdigit() else 0, sampler, p[3].zfill(4), p[2] == "attentions"
-    return sorted(names, key=place)
+    return sorted(names, key=_unet_place) if kind == "UNet2DConditionModel" else names
 
-# %% ../nbs/04_hooks.ipynb #c041
+# %% ../nbs/04_hooks.ipynb #c049
 class Hook:
     "A function for a hook; a copy of it, by `copy.deepcopy` or pickle, does nothing."
     def __init__(self,
@@ -233,7 +242,7 @@ def hooks_left(
     hooks = [h for m in model.modules() for d in (m._forward_hooks, m._forward_pre_hooks) for h in d.values()]
     return sum(everyone or isinstance(h, Hook) for h in hooks)
 
-# %% ../nbs/04_hooks.ipynb #c044
+# %% ../nbs/04_hooks.ipynb #c052
 class CallRecord:
     "The maps of the call that counts. `begin` and `end` frame a forward pass of the whole model, `keep` takes a layer's output."
     def __init__(self, taps: Taps):
@@ -260,9 +269,9 @@ class CallRecord:
         if self.open is None: return
         name = self.taps.names[i]
         if self.grad and not torch.is_grad_enabled(): raise RuntimeError(_GRAD_OFF.format(name))
-        self.open.append((i, self.taps.to_map(output, name, self.hw), None if torch.compiler.is_compiling() else _version(output)))
+        self.open.append((i, self.taps.to_map(output, name, self.hw), _version(output) if self.grad and not torch.compiler.is_compiling() else []))
 
-# %% ../nbs/04_hooks.ipynb #c045
+# %% ../nbs/04_hooks.ipynb #c053
 _GRAD_OFF = ("layer {!r} ran with gradients off while the model's forward pass had them on, so nothing can teach it. Re-entrant gradient checkpointing does this: "
              "use use_reentrant=False (diffusers' default). If the model runs this layer under no_grad on purpose, leave it out with layers=")
 
@@ -273,9 +282,9 @@ def _in_backward() -> bool:
 def _version(output: object) -> list:
     "Tensors of an output with their version counters, which in-place changes move on."
     parts = output if isinstance(output, (tuple, list)) else [output]
-    return [(x, x._version) for x in parts if isinstance(x, Tensor) and not x.is_inference()]
+    return [(x, x._version) for x in parts if isinstance(x, Tensor)]
 
-# %% ../nbs/04_hooks.ipynb #c047
+# %% ../nbs/04_hooks.ipynb #c055
 class Recorder(CallRecord):
     "Records the maps of `taps` while `model` trains. As a context manager it removes its hooks at the end."
     def __init__(self,
@@ -316,7 +325,7 @@ class Recorder(CallRecord):
     def __enter__(self): return self
     def __exit__(self, *error): self.remove()
 
-# %% ../nbs/04_hooks.ipynb #c048
+# %% ../nbs/04_hooks.ipynb #c056
 def forget_compiled():
     "Drop compiled code, if any, so that hooks that were added or removed are seen."
     if (dynamo := sys.modules.get("torch._dynamo")) is not None: dynamo.reset()
@@ -331,7 +340,7 @@ def read_maps(record: CallRecord) -> list[Tensor]:
     order = [i for k, (i, _, _) in enumerate(record.done) if i not in [j for j, _, _ in record.done[k + 1:]]]
     if order != sorted(order): raise RuntimeError(f"the model runs its layers in the order {', '.join(names[i] for i in order)}; give layers= in this order, the last is the teacher")
     for i, (x, v) in found.items():
-        if any(t._version != n for t, n in v or []): raise RuntimeError(f"the output of {names[i]!r} was changed in place after it was recorded (an inplace activation?); record the layer that changed it")
+        if any(t._version != n for t, n in v): raise RuntimeError(f"the output of {names[i]!r} was changed in place after it was recorded (an inplace activation?); record the layer that changed it")
         if record.taps.channels[i] not in (None, x.shape[1]): raise RuntimeError(f"{names[i]!r} was taken to be {record.taps.channels[i]} channels wide, its map is {tuple(x.shape)}; pass channels=")
     maps = [found[i][0] for i in range(len(names))]
     record.taps.shapes = [tuple(x.shape) for x in maps]

@@ -1,0 +1,176 @@
+"Runs from the outside: killed and resumed, wrong parameters, bad photographs, full disks, no network."
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from framer.runs import checkpoint_steps, history_differences, read_history
+
+ROOT = Path(__file__).parents[1]
+QUICK = dict(steps=9, size=64, batch_size=2, validation_size=64, sampling_steps=2, warmup_steps=1, num_workers=0, checkpoint_every=3, validate_every=4,
+             log_layers_every=2, tensorboard=False, data=str(ROOT / "data/photographs/train"), validation_data=str(ROOT / "data/photographs/val"))
+
+
+def script(before="", **config):
+    return textwrap.dedent(f"""
+        import torch
+        torch.set_num_threads(1)
+        from framer.training import TrainConfig, train
+        {before}
+        train(TrainConfig(**{dict(QUICK, **config)!r}))
+    """)
+
+
+def start(root, before="", **config):
+    env = dict(os.environ, FRAMER_ROOT=str(root), OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    return subprocess.Popen([sys.executable, "-c", script(before, **config)], env=env, cwd=root, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process, expect=0):
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == expect, out[-3000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "An uninterrupted run."
+    root = tmp_path_factory.mktemp("whole")
+    finish(start(root, run="whole"))
+    return root / "reports" / "whole"
+
+
+def kill_when(process, condition, timeout=200):
+    "SIGKILL as soon as the condition holds."
+    end = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert time.monotonic() < end, "the moment to kill never came"
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+MOMENTS = {
+    "at once": lambda run: (run / "config.json").exists(),
+    "before the first checkpoint": lambda run: len(read_history(run)) >= 2,
+    "inside the writing of a checkpoint": lambda run: any((run / "checkpoints").glob(".step-000006.partial-*")),
+    "after a checkpoint": lambda run: len(read_history(run)) >= 8,
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_and_resumed_is_bit_identical(moment, whole, tmp_path):
+    run = tmp_path / "reports" / "whole"
+    slow = "import framer.runs, time; keep = framer.runs._put_in_place; framer.runs._put_in_place = lambda *a: (time.sleep(0.5), keep(*a))"  # a wider window to hit
+    kill_when(start(tmp_path, slow if "inside" in moment else "", run="whole"), lambda: MOMENTS[moment](run))
+    if "inside" in moment: assert checkpoint_steps(run) == [3] and any((run / "checkpoints").glob(".step-*.partial-*"))
+    finish(start(tmp_path, run="whole", resume=True))
+    assert not any((run / "checkpoints").glob(".*partial*"))
+    assert history_differences(whole, run) == []
+    for name in ("layers.csv", "validation.csv"): assert (whole / name).read_bytes() == (run / name).read_bytes()
+    for name in ("model", "ema", "optimizer", "framer"):
+        a, b = (load_file(r / "checkpoints" / "step-000009" / f"{name}.safetensors") for r in (whole, run))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
+    a, b = (json.loads((r / "metrics.json").read_text()) for r in (whole, run))
+    a.pop("step_seconds_median"), b.pop("step_seconds_median")
+    assert a == b
+
+
+def test_baseline_sees_the_same_data_and_noise(whole, tmp_path):
+    finish(start(tmp_path, run="baseline", framer=False, steps=3))
+    baseline, framer = read_history(tmp_path / "reports" / "baseline"), read_history(whole)
+    assert baseline[0]["noise_loss"] == framer[0]["noise_loss"] and "distill_loss" not in baseline[0]
+    assert not (tmp_path / "reports" / "baseline" / "layers.csv").exists()
+
+
+def test_gradient_accumulation_and_resume(tmp_path):
+    options = dict(steps=4, gradient_accumulation_steps=2, checkpoint_every=2)
+    finish(start(tmp_path, run="a", **options))
+    finish(start(tmp_path, run="b", **dict(options, steps=2)))
+    finish(start(tmp_path, run="b", resume=True, **options))
+    assert history_differences(tmp_path / "reports" / "a", tmp_path / "reports" / "b") == []
+
+
+def test_existing_run_is_not_overwritten(whole):
+    root = whole.parents[1]
+    out = finish(start(root, run="whole"), expect=1)
+    assert "-p resume True" in out and len(read_history(whole)) == 9
+    out = finish(start(root, run="whole", resume=True, learning_rate=2e-3), expect=1)
+    assert "learning_rate" in out and "0.002" in out
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for path in sorted((ROOT / "data/photographs/train").glob("*.jpg"))[:3]: shutil.copy(path, folder)
+    return folder
+
+
+def test_one_bad_photograph_is_left_out(photographs, tmp_path):
+    good = sorted(photographs.glob("*.jpg"))
+    (photographs / "truncated.jpg").write_bytes(good[0].read_bytes()[:20000])
+    (photographs / "text.png").write_text("not a picture")
+    from PIL import Image
+    Image.new("RGB", (1, 1)).save(photographs / "dot.png")
+    out = finish(start(tmp_path, run="r", data=str(photographs), steps=1))
+    for name in ("truncated.jpg", "text.png", "dot.png"): assert f"left out: {photographs / name}" in out
+    assert "3 photographs" in out
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(data="/no/such/folder"), ["/no/such/folder"]),
+    (dict(backbone="sd9"), ["sd9", "sd2, sd3"]),
+    (dict(size=100), ["size=100", "multiple of 32"]),
+    (dict(framer_options=dict(raduis=0.1)), ["raduis", "radius"]),
+    (dict(scale="full"), ["full"]),
+], ids=lambda x: next(iter(x)) if isinstance(x, dict) else "")
+def test_wrong_parameters(change, words, tmp_path):
+    out = finish(start(tmp_path, run="r", **change), expect=1)
+    assert all(word in out.splitlines()[-1] or word in out for word in words), out
+    assert not (tmp_path / "reports" / "r" / "config.json").exists()
+
+
+def test_unwritable_reports(tmp_path):
+    (tmp_path / "reports").write_text("a file where the folder should be")
+    out = finish(start(tmp_path, run="r"), expect=1)
+    assert str(tmp_path / "reports") in out and "is a file" in out
+
+
+def test_full_disk_keeps_the_last_checkpoint(whole, tmp_path):
+    "A file size limit stands in for a full disk: the second checkpoint cannot be written."
+    fill = ("import resource, signal, framer.training as t; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); old = t.RunFolder.save_checkpoint; "
+            "t.RunFolder.save_checkpoint = lambda self, step, *a, **k: (resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY)) if step > 3 else None, old(self, step, *a, **k))[1]")
+    out = finish(start(tmp_path, fill, run="whole"), expect=1)
+    run = tmp_path / "reports" / "whole"
+    assert "resume True" in out and checkpoint_steps(run) == [3] and not any((run / "checkpoints").glob(".*partial*")), out[-2000:]
+    finish(start(tmp_path, run="whole", resume=True))
+    assert history_differences(whole, run) == []
+
+
+def test_no_network_is_needed(tmp_path):
+    refuse = "import socket; socket.socket.connect = socket.create_connection = socket.getaddrinfo = lambda *a, **k: (_ for _ in ()).throw(AssertionError(f'network: {a}'))"
+    finish(start(tmp_path, refuse, run="r", steps=1))
+
+
+def test_two_processes_train_one_model(tmp_path):
+    "accelerate's launcher on two CPU processes: one history, and both processes end with the same weights."
+    program = tmp_path / "two.py"
+    program.write_text(script(before="", run="two", steps=3) + textwrap.dedent("""
+        """))
+    env = dict(os.environ, FRAMER_ROOT=str(tmp_path), OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), ACCELERATE_USE_CPU="true")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(program)]
+    done = subprocess.run(command, env=env, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    run = tmp_path / "reports" / "two"
+    assert [r["step"] for r in read_history(run)] == [1, 2, 3] and (run / "model" / "config.json").exists()
