@@ -12,6 +12,7 @@ html_theme_options = dict(source_repository='https://github.com/framer-sr/framer
 if os.environ.get('FRAMER_DOCS_MATHJAX', 'npm') != 'cdn': mathjax_path = 'tex-svg.js'   # one file beside the pages: mathematics without a network
 nb_execution_mode = 'off'            # pages show the outputs that are stored in the notebooks
 nb_merge_streams = True
+nb_output_stderr = 'remove'          # warnings of somebody's machine are no documentation
 myst_enable_extensions = ['dollarmath', 'amsmath']
 myst_heading_anchors = 3
 suppress_warnings = ['myst.header', 'mystnb.unknown_mime_type']

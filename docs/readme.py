@@ -9,7 +9,10 @@ def readme(cfg):
     nb = nf.read(cfg.nbs_path/cfg.readme_nb, 4)
     nb.cells = [c for c in nb.cells if not re.match(r'#\|\s*hide\b', c.source)]
     for c in nb.cells:
-        if c.cell_type == 'code': c.source = re.sub(r'^#\|.*\n', '', c.source, flags=re.M)
+        if c.cell_type != 'code': continue
+        c.source = re.sub(r'^#\|.*\n', '', c.source, flags=re.M)
+        c.outputs = [o for o in c.outputs if o.get('name') != 'stderr']
+    nb.metadata['language_info'] = dict(name='python')
     md, resources = MarkdownExporter().from_notebook_node(nb)
     if resources.get('outputs'): sys.exit(f'a picture drawn in {cfg.readme_nb} has no place in README.md: store it in nbs/images/ and link to it')
     md = re.sub(r'\]\((?=images/|[\w-]+\.ipynb)', '](nbs/', md)

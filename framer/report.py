@@ -39,7 +39,7 @@ def tex_to_mathml(
         warnings.warn(f'this formula stays as TeX in the report ({type(e).__name__}): {tex.strip()[:80]}')
         return f'<code>{escape(tex.strip())}</code>'
 
-# %% ../nbs/19_report.ipynb #c011
+# %% ../nbs/19_report.ipynb #c012
 def data_uri(
     path: Path,  # a picture on disk
 ) -> str:        # `data:image/...;base64,...`
@@ -47,7 +47,7 @@ def data_uri(
     kind = mimetypes.guess_type(str(path))[0] or 'application/octet-stream'
     return f'data:{kind};base64,{base64.b64encode(Path(path).read_bytes()).decode()}'
 
-# %% ../nbs/19_report.ipynb #c012
+# %% ../nbs/19_report.ipynb #c013
 class _Renderer(IPythonRenderer):
     "Markdown to HTML with MathML and with pictures inside the page"
     def __init__(self, folder: Path, attachments: dict):
@@ -65,7 +65,7 @@ class _Renderer(IPythonRenderer):
         file = self.folder/unquote(src) if ':' not in src else None
         return data_uri(file) if file and file.is_file() else src
 
-# %% ../nbs/19_report.ipynb #c013
+# %% ../nbs/19_report.ipynb #c015
 def markdown_to_html(
     source: str,                      # Markdown with `$...$`, `$$...$$` or LaTeX environments
     folder: str | Path = '.',         # where relative pictures are
@@ -75,7 +75,7 @@ def markdown_to_html(
     renderer = _Renderer(Path(folder), attachments or {})
     return clean_html(MarkdownWithMath(renderer=renderer).render(source))
 
-# %% ../nbs/19_report.ipynb #c015
+# %% ../nbs/19_report.ipynb #c017
 _active = re.compile(r'<(script|iframe|object|embed|video|audio)\b.*?(?:</\1\s*>|/>)|<(?:script|iframe|object|embed|link|base|meta)\b[^>]*>', re.S | re.I)
 _image = re.compile(r'<img\b[^>]*>', re.I)
 _source = re.compile(r'''\bsrc\s*=\s*["']?(data:)?([^"'\s>]*)''', re.I)
@@ -91,7 +91,7 @@ def clean_html(
     "Drop scripts, frames, style sheets and remote pictures"
     return _image.sub(_keep_image, _active.sub('', html))
 
-# %% ../nbs/19_report.ipynb #c019
+# %% ../nbs/19_report.ipynb #c021
 _bar = re.compile(r'\d+%\|.*\||\d+it \[|it/s\]|s/it\]')
 
 def stream_text(
@@ -101,7 +101,7 @@ def stream_text(
     lines = [line.rstrip('\r').rsplit('\r', 1)[-1] for line in text.split('\n')]
     return ansi2html('\n'.join(l for l in lines if not _bar.search(l)).strip('\n'))
 
-# %% ../nbs/19_report.ipynb #c022
+# %% ../nbs/19_report.ipynb #c025
 _widget = 'application/vnd.jupyter.widget-view+json'
 
 def _picture(kind, data, alt, meta):
@@ -119,7 +119,7 @@ def _rich(data, meta, alt):
     text = data.get('text/plain', '')
     return f'<pre>{ansi2html(text)}</pre>' if text and not re.match(r'<(Figure|IPython\.core)', text) else ''
 
-# %% ../nbs/19_report.ipynb #c023
+# %% ../nbs/19_report.ipynb #c027
 def output_to_html(
     output: dict,           # one entry of a cell's `outputs`
     alt: str = 'a figure',  # words for a reader who does not see the picture
@@ -132,7 +132,7 @@ def output_to_html(
     if kind == 'error': return f'<pre class="error">{ansi2html(chr(10).join(output["traceback"]) or output["evalue"])}</pre>'
     return '' if _widget in output['data'] else _rich(output['data'], output.get('metadata', {}), alt)
 
-# %% ../nbs/19_report.ipynb #c027
+# %% ../nbs/19_report.ipynb #c032
 _directive = re.compile(r'^#\|\s*([\w-]+)\s*:?\s*(.*)$', re.M)
 
 def _code(source, open_, title):
@@ -152,7 +152,7 @@ def cell_to_html(
     code = '' if silent else _code(cell['source'], 'injected-parameters' in tags, title)
     return code + ''.join(f'<div class="output">{h}</div>' for o in cell['outputs'] if (h := output_to_html(o)))
 
-# %% ../nbs/19_report.ipynb #c031
+# %% ../nbs/19_report.ipynb #c036
 _css = '''body{max-width:60rem;margin:2rem auto;padding:0 1rem;font:16px/1.6 system-ui,sans-serif;color:#222;background:#fff}
 h1{line-height:1.2}h2{margin-top:2.5rem;border-bottom:1px solid #ddd}blockquote{margin:0;color:#555;border-left:3px solid #ddd;padding-left:1rem}
 img,svg{max-width:100%;height:auto}pre{overflow-x:auto;background:#f7f7f7;padding:.6rem;border-radius:4px;font-size:13px;line-height:1.4}
@@ -163,7 +163,7 @@ nav{font-size:14px}nav a{margin-right:1rem}math[display=block]{margin:1rem 0;ove
 @lru_cache
 def _style(): return _css + HtmlFormatter(cssclass='code').get_style_defs('.code')
 
-# %% ../nbs/19_report.ipynb #c032
+# %% ../nbs/19_report.ipynb #c038
 _remote = [r'<(?:script|iframe|object|embed)\b[^>]*>', r'<link\b[^>]*>', r'<(?:img|source|video|audio|input|track)\b[^>]*?\bsrc(?:set)?\s*=\s*["\']?(?!["\']?data:)[^\s>]+', r'@import\b[^;]*;', r'url\(\s*["\']?(?!["\']?(?:data:|#))[^)]+\)']
 
 def external_resources(
@@ -173,7 +173,7 @@ def external_resources(
     text = re.sub(r'<pre\b.*?</pre>', '', page, flags=re.S)
     return [m[0] for pattern in _remote for m in re.finditer(pattern, text, re.I)]
 
-# %% ../nbs/19_report.ipynb #c035
+# %% ../nbs/19_report.ipynb #c042
 def render_report(
     notebook: str | Path,            # an executed `.ipynb`
     html: str | Path | None = None,  # where the page goes; beside the notebook by default
@@ -190,7 +190,7 @@ def render_report(
     html.write_text(page, encoding='utf-8')
     return html
 
-# %% ../nbs/19_report.ipynb #c036
+# %% ../nbs/19_report.ipynb #c044
 def _title(nb, default):
     found = re.search(r'^# (.+)$', '\n'.join(c.source for c in nb.cells if c.cell_type == 'markdown'), re.M)
     return found[1].replace('$', '').strip() if found else default
@@ -201,7 +201,7 @@ def _page(title, body):
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
             f'<title>{escape(title)}</title><style>{_style()}</style></head>\n<body><nav>{nav}</nav>\n{body}\n</body></html>\n')
 
-# %% ../nbs/19_report.ipynb #c041
+# %% ../nbs/19_report.ipynb #c050
 def main(
     argv: list[str] | None = None,  # NOTEBOOK [HTML]; the command line by default
 ) -> int:                           # exit status: 0 written, 2 not
@@ -213,5 +213,5 @@ def main(
     except (OSError, ValueError) as e: print(f'error: {e}', file=sys.stderr); return 2
     return 0
 
-# %% ../nbs/19_report.ipynb #c042
+# %% ../nbs/19_report.ipynb #c051
 if __name__ == '__main__': sys.exit(main())
