@@ -331,7 +331,7 @@ def forget_compiled():
     if (dynamo := sys.modules.get("torch._dynamo")) is not None: dynamo.reset()
 
 def read_maps(record: CallRecord) -> list[Tensor]:
-    "The recorded maps, after a look at what can go wrong: none, some missing, out of order, changed in place, of another width."
+    "The recorded maps, after a look at what can go wrong: none, some missing, out of order, no maps, changed in place, of another width. Raises RuntimeError."
     if record.done is None:
         raise RuntimeError(f"no features are recorded: {record.why}. They are recorded when the model (not model.forward) is called in training mode with gradients on, "
                            "or in any mode inside `with recording():`; afterwards clear() drops them")
@@ -340,6 +340,7 @@ def read_maps(record: CallRecord) -> list[Tensor]:
     order = [i for k, (i, _, _) in enumerate(record.done) if i not in [j for j, _, _ in record.done[k + 1:]]]
     if order != sorted(order): raise RuntimeError(f"the model runs its layers in the order {', '.join(names[i] for i in order)}; give layers= in this order, the last is the teacher")
     for i, (x, v) in found.items():
+        if getattr(x, "ndim", 0) != 4: raise RuntimeError(f"to_map gave {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__} for {names[i]!r}; a tensor of shape (B, C, H, W) was expected")
         if any(t._version != n for t, n in v): raise RuntimeError(f"the output of {names[i]!r} was changed in place after it was recorded (an inplace activation?); record the layer that changed it")
         if record.taps.channels[i] not in (None, x.shape[1]): raise RuntimeError(f"{names[i]!r} was taken to be {record.taps.channels[i]} channels wide, its map is {tuple(x.shape)}; pass channels=")
     maps = [found[i][0] for i in range(len(names))]
