@@ -184,6 +184,22 @@ def test_no_star_imports(path):
         if c["cell_type"] == "code": assert not re.search(r"^\s*from\s+\S+\s+import\s+\*", source(c), re.M), source(c)[:200]
 
 
+def outside(code):
+    "Top-level names that a piece of code imports from neither the standard library nor this package"
+    for n in ast.walk(ast.parse(code)):
+        found = [a.name for a in n.names] if isinstance(n, ast.Import) else [n.module] if isinstance(n, ast.ImportFrom) and not n.level else []
+        yield from (m.split(".")[0] for m in found if m.split(".")[0] not in {*sys.stdlib_module_names, "framer"})
+
+
+@pytest.mark.parametrize("path", MODULES + JOBS, ids=lambda p: p.name)
+def test_what_is_imported_is_declared(path):
+    settings = configparser.ConfigParser(delimiters=["="]); settings.read(ROOT / "settings.ini", encoding="utf-8")
+    declared = {re.split(r"[<>=!~\[;]", r)[0].lower() for k, v in settings["DEFAULT"].items() if k.endswith("requirements") and k != "dev_requirements" for r in v.split()}
+    code = [path.read_text()] if path.suffix == ".py" else [plain_python(c) for c in cells(path) if c["cell_type"] == "code"]
+    used = {{"PIL": "pillow", "IPython": "ipython"}.get(m, m) for c in code for m in outside(c)}
+    assert used - declared == set(), "imported, but in no extra of settings.ini"
+
+
 TORCH_ALONE = """
 import sys
 from importlib.metadata import requires
