@@ -52,7 +52,7 @@ class TrainConfig:
     size: int = 128                   # side of the HR crop in pixels, a multiple of 32 (the paper: 512)
     batch_size: int = 8               # images a micro-step, over all processes together
     steps: int = 800                  # optimiser steps
-    learning_rate: float = 1e-3       # of AdamW, after warm-up constant
+    learning_rate: float = 1.5e-3     # of AdamW, after warm-up constant
     warmup_steps: int = 50            # linear warm-up
     weight_decay: float = 1e-2        # of AdamW
     max_grad_norm: float = 1.0        # gradient clipping
