@@ -7,8 +7,7 @@ Docs: https://framer-sr.github.io/framer/autoencoder.html.md"""
 # %% auto #0
 __all__ = ['BLOCK_CHANNELS', 'LATENT_CHANNELS', 'autoencoder_config', 'new_autoencoder', 'encode', 'decode', 'picture_files',
            'read_picture', 'Crops', 'reconstruction_loss', 'Fit', 'fit_step', 'save_fit', 'load_fit', 'central',
-           'reconstruction_psnr', 'latent_statistics', 'equalise_latents', 'save_autoencoder', 'load_autoencoder',
-           'model_card']
+           'reconstruction_psnr', 'latent_statistics', 'save_autoencoder', 'load_autoencoder', 'model_card']
 
 # %% ../nbs/09_autoencoder.ipynb #c003
 import json
@@ -317,22 +316,6 @@ def latent_statistics(vae: AutoencoderKL, # any autoencoder; its present scaling
     return dict(mean=z.mean(1), std=z.std(1), shift=z.mean().item(), scaling=1 / z.std().item())
 
 # %% ../nbs/09_autoencoder.ipynb #c042
-@torch.no_grad()
-def equalise_latents(vae: AutoencoderKL, # changed in place; needs `quant_conv` and `post_quant_conv`
-                     mean: torch.Tensor, # (latent_channels,)
-                     std: torch.Tensor, # (latent_channels,)
-                     ) -> AutoencoderKL: # the same object: latents are now (z - mean) / std, reconstructions unchanged
-    "Folds a normalisation per channel into the 1x1 convolutions on both sides of the latent."
-    mean, std = mean.to(vae.dtype), std.to(vae.dtype)
-    q, p, n = vae.quant_conv, vae.post_quant_conv, len(mean)
-    p.bias += p.weight[:, :, 0, 0] @ mean
-    p.weight *= std[None, :, None, None]
-    q.weight[:n] /= std[:, None, None, None]
-    q.bias[:n] = (q.bias[:n] - mean) / std
-    q.bias[n:] -= 2 * std.log()
-    return vae
-
-# %% ../nbs/09_autoencoder.ipynb #c043
 def save_autoencoder(vae: AutoencoderKL, # trained
                      folder: str | Path, # made if it is not there
                      shift: float, # goes to the configuration as `shift_factor`
@@ -347,7 +330,7 @@ def save_autoencoder(vae: AutoencoderKL, # trained
     copy.to(dtype).save_pretrained(folder, safe_serialization=True)
     return folder
 
-# %% ../nbs/09_autoencoder.ipynb #c044
+# %% ../nbs/09_autoencoder.ipynb #c043
 def _read_autoencoder(folder):
     "An `AutoencoderKL` from a folder; errors name the folder and what it lacks."
     for name in ("config.json", "diffusion_pytorch_model.safetensors"):
@@ -361,7 +344,7 @@ def _read_autoencoder(folder):
     vae.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
     return vae
 
-# %% ../nbs/09_autoencoder.ipynb #c046
+# %% ../nbs/09_autoencoder.ipynb #c045
 def load_autoencoder(latent_channels: int = 4, # 4 or 16
                      weights: str | Path = "bundled", # "bundled", "random", or a folder that `save_autoencoder` or `save_pretrained` wrote
                      ) -> AutoencoderKL: # frozen, eval mode, float32
@@ -375,7 +358,7 @@ def load_autoencoder(latent_channels: int = 4, # 4 or 16
             raise ValueError(f"{folder} holds an autoencoder of {vae.config.latent_channels} latent channels, {latent_channels} expected")
     return vae.float().eval().requires_grad_(False)
 
-# %% ../nbs/09_autoencoder.ipynb #c057
+# %% ../nbs/09_autoencoder.ipynb #c056
 def model_card(latent_channels: int, # 4 or 16
                facts: dict, # what train_autoencoder knows: data, budget, hardware, results
                ) -> str: # markdown

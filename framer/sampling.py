@@ -34,14 +34,14 @@ def model_folder(
     raise FileNotFoundError(f"no model in {weights!r}: expected the name of a finished run, or a folder with config.json and *.safetensors. "
                             + (f"Runs with a model: {', '.join(have)}" if have else "There is no finished run yet: `make train` makes one"))
 
-# %% ../nbs/17_sampling.ipynb #c007
+# %% ../nbs/17_sampling.ipynb #c008
 def newest_run() -> str:
     "Name of the run below reports/ whose model is newest. `FileNotFoundError` when there is none."
     found = sorted((project_root() / "reports").glob("**/model/config.json"), key=lambda p: p.stat().st_mtime)
     if not found: raise FileNotFoundError(f"no finished run in {project_root() / 'reports'}: `make train` makes one")
     return found[-1].parent.parent.relative_to(project_root() / "reports").as_posix()
 
-# %% ../nbs/17_sampling.ipynb #c008
+# %% ../nbs/17_sampling.ipynb #c010
 def load_trained(
     weights: str | Path,  # name of a run, a run's folder, or a model's folder
     device: str | torch.device = "cpu",
@@ -54,7 +54,7 @@ def load_trained(
     backbone.to(device); backbone.model.eval()
     return backbone
 
-# %% ../nbs/17_sampling.ipynb #c011
+# %% ../nbs/17_sampling.ipynb #c013
 def open_image(
     image,  # path, PIL image, (H, W[, C]) uint8 array, or (C, H, W) tensor in [0, 1]
 ) -> tuple[Tensor, Tensor | None, bool]:  # rgb (3, H, W) in [0, 1], alpha (1, H, W) or None, and whether it was grey
@@ -69,13 +69,13 @@ def open_image(
     rgb = torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0).float() / 255
     return rgb, _alpha(image), image.mode in ("L", "1", "LA")
 
-# %% ../nbs/17_sampling.ipynb #c012
+# %% ../nbs/17_sampling.ipynb #c015
 def _alpha(image: Image.Image) -> Tensor | None:
     "Transparency (1, H, W) in [0, 1], or None."
     if not (image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info): return None
     return torch.from_numpy(np.array(image.convert("RGBA").getchannel("A")))[None].float() / 255
 
-# %% ../nbs/17_sampling.ipynb #c013
+# %% ../nbs/17_sampling.ipynb #c016
 def pad_to(
     image: Tensor,  # (..., H, W)
     multiple: int,  # sides become multiples of this
@@ -85,7 +85,7 @@ def pad_to(
     rows, columns = torch.arange(-(-h // multiple) * multiple).clamp(max=h - 1), torch.arange(-(-w // multiple) * multiple).clamp(max=w - 1)
     return image[..., rows, :][..., columns]
 
-# %% ../nbs/17_sampling.ipynb #c016
+# %% ../nbs/17_sampling.ipynb #c019
 def _blur(x: Tensor, radius: int) -> Tensor:
     "a-trous smoothing with the kernel [1 2 1]/4 in both directions."
     k = torch.tensor([0.25, 0.5, 0.25]).to(x)
@@ -94,7 +94,7 @@ def _blur(x: Tensor, radius: int) -> Tensor:
         x = F.conv2d(F.pad(x[:, None], pad, mode="replicate"), k.reshape(shape), dilation=(1, radius) if dim == -1 else (radius, 1))[:, 0]
     return x
 
-# %% ../nbs/17_sampling.ipynb #c017
+# %% ../nbs/17_sampling.ipynb #c021
 def fix_color(
     result: Tensor,  # (3, H, W) in [0, 1], from the model
     reference: Tensor,  # (3, H, W), the enlarged input
@@ -112,7 +112,7 @@ def fix_color(
         result = result - low + low_reference
     return result.clamp(0, 1)
 
-# %% ../nbs/17_sampling.ipynb #c020
+# %% ../nbs/17_sampling.ipynb #c024
 def tile_starts(
     length: int,  # of the picture, in LR pixels
     tile: int,  # of a tile
@@ -124,7 +124,7 @@ def tile_starts(
     n = -(-(length - overlap) // (tile - overlap))
     return [multiple * round(k * (length - tile) / (n - 1) / multiple) for k in range(n)]
 
-# %% ../nbs/17_sampling.ipynb #c021
+# %% ../nbs/17_sampling.ipynb #c026
 def blend_window(
     height: int, width: int,  # of a tile, in HR pixels
     ramp: int,  # pixels over which the weight rises
@@ -133,7 +133,7 @@ def blend_window(
     edge = lambda n: torch.minimum(torch.arange(1, n + 1), torch.arange(n, 0, -1)).clamp(max=ramp).float() / ramp
     return (edge(height)[:, None] * edge(width)[None])[None]
 
-# %% ../nbs/17_sampling.ipynb #c022
+# %% ../nbs/17_sampling.ipynb #c028
 def in_tiles(
     enlarge,  # enlarge(lr (3, h, w), top, left) -> (3, scale h, scale w)
     lr: Tensor,  # (3, H, W)
@@ -155,7 +155,7 @@ def in_tiles(
             total[where] += big * window; weight[where] += window
     return total / weight
 
-# %% ../nbs/17_sampling.ipynb #c026
+# %% ../nbs/17_sampling.ipynb #c032
 @torch.no_grad()
 def upscale(
     image,  # path, PIL image, (H, W[, C]) uint8 array or (C, H, W) tensor in [0, 1]; grey, RGB or RGBA, of any size
@@ -179,7 +179,7 @@ def upscale(
     reference = F.interpolate(rgb[None], scale_factor=4, mode="bicubic")[0].clamp(0, 1)
     return to_image(fix_color(big, reference, color_fix), alpha, grey)
 
-# %% ../nbs/17_sampling.ipynb #c027
+# %% ../nbs/17_sampling.ipynb #c034
 def to_image(
     rgb: Tensor,  # (3, H, W) in [0, 1]
     alpha: Tensor | None,  # (1, h, w) in [0, 1], enlarged here
@@ -191,7 +191,7 @@ def to_image(
     if alpha is not None: image.putalpha(Image.fromarray(byte(F.interpolate(alpha[None], size=rgb.shape[-2:], mode="bicubic")[0, 0])))
     return image
 
-# %% ../nbs/17_sampling.ipynb #c034
+# %% ../nbs/17_sampling.ipynb #c041
 def save_png(
     image: Image.Image,
     path: str | Path,  # where to; folders are made
