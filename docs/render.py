@@ -30,7 +30,8 @@ def directives(source):
     return dict(_directive.match(l).groups() for l in lines[:n]), '\n'.join(lines[n:])
 
 def links(md, base):
-    "nbdev's links to our own pages become page-relative HTML links; links between notebooks lose the number that their pages lose"
+    "nbdev's links to our own pages become page-relative; links between notebooks lose the number that their pages lose; files outside nbs/ are shown by the repository's host"
+    md = re.sub(r'\]\(\.\./(?!\.)', '](' + get_config().git_url.rstrip('/') + '/blob/main/', md)
     md = re.sub(r'\]\((\d+[a-z]?_\w+)\.ipynb', lambda m: f']({page_name(m[1])}.ipynb', md)
     return re.sub(r'\[`([^`]+)`\]\(' + re.escape(base) + r'(\S+?)\)', r'<a href="\2"><code>\1</code></a>', md)
 
