@@ -44,7 +44,7 @@ train: $(VENV)/.train
 	else printf '\nThe run stopped (status %s). What it wrote so far is in %s; the error stands at the end of train.html there.\n' $$status "$(CURDIR)/reports/$(RUN)"; fi; exit $$status
 
 test: test-notebooks
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST) </dev/null
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations 12 $(PYTEST) </dev/null
 
 # the parameterised notebooks are jobs: tests/ runs them with papermill and few steps
 test-notebooks: $(VENV)/.dev

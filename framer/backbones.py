@@ -62,9 +62,10 @@ def restore(
     lr: torch.Tensor,  # (N, 3, h, w) in [0, 1]; h and w multiples of 8
     noise: torch.Tensor,  # (N, C, h/2, w/2) starting noise, C = backbone.latent_channels
     steps: int = 10,  # sampler steps
+    strength: float = 1.0,  # 1 starts from noise alone (Algorithm 2); below, from the enlarged LR picture's latent made noisy so far of the way
 ) -> torch.Tensor:  # (N, 3, 4h, 4w) in [0, 1]
     "x4 enlargement by sampling (Algorithm 2)."
     condition = backbone.condition(lr, (4 * lr.shape[-2], 4 * lr.shape[-1]))
     predict = lambda latents, timesteps: backbone.predict(latents, timesteps, condition)
-    latents = backbone.objective.sample(predict, noise.to(lr.device), steps)
+    latents = backbone.objective.sample(predict, noise.to(lr.device), steps, condition["lr_latents"] if strength < 1 else None, strength)
     return (backbone.decode(latents).float() / 2 + 0.5).clamp(0, 1)

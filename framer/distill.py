@@ -26,6 +26,15 @@ _CHOICES = dict(spectrum=("complex", "magnitude"), in_batch=("teacher", "student
                 loss=("contrastive", "mse"), teacher=("final", "final-1", "final-2", "random"), negative=("random", "previous"), head_init=("ridge", "random"))
 
 # %% ../nbs/05_distill.ipynb #c006
+def _check_choices(config):
+    "A value that a field does not take is an error that lists those it takes."
+    for name, allowed in _CHOICES.items():
+        if getattr(config, name) not in allowed:
+            raise ValueError(f"FramerConfig({name}={getattr(config, name)!r}): expected one of {', '.join(map(repr, allowed))}")
+    if not (isinstance(config.radius, (int, float)) and config.radius >= 0):
+        raise ValueError(f"FramerConfig(radius={config.radius!r}): expected a number >= 0, in fractions of Nyquist")
+
+# %% ../nbs/05_distill.ipynb #c007
 @dataclass(frozen=True)
 class FramerConfig:
     "All switches of FRAMER; the defaults are the paper's method. Raises `ValueError` on a value that a field does not take."
@@ -48,14 +57,9 @@ class FramerConfig:
     gather: bool = True              # take in-batch negatives from all processes
     seed: int = 0                    # of the generator that draws negatives (and the random teacher)
 
-    def __post_init__(self):
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"FramerConfig({name}={getattr(self, name)!r}): expected one of {', '.join(map(repr, allowed))}")
-        if not (isinstance(self.radius, (int, float)) and self.radius >= 0):
-            raise ValueError(f"FramerConfig(radius={self.radius!r}): expected a number >= 0, in fractions of Nyquist")
+    def __post_init__(self): _check_choices(self)
 
-# %% ../nbs/05_distill.ipynb #c010
+# %% ../nbs/05_distill.ipynb #c011
 def framer_config(
     options: dict,  # field names and values
 ) -> FramerConfig:
@@ -67,7 +71,7 @@ def framer_config(
             raise ValueError(f"FRAMER has no option {key!r}; " + (f"did you mean {near[0]!r}? " if near else "") + f"The options are {', '.join(names)}")
     return FramerConfig(**options)
 
-# %% ../nbs/05_distill.ipynb #c013
+# %% ../nbs/05_distill.ipynb #c014
 def choose_teacher(
     n: int,  # number of layers, the teacher included; at least 3
     config: FramerConfig,
@@ -80,7 +84,7 @@ def choose_teacher(
     if config.teacher == "random": return int(torch.randint(n, (), generator=generator))
     return n - 1 - dict(zip(("final", "final-1", "final-2"), range(3)))[config.teacher]
 
-# %% ../nbs/05_distill.ipynb #c014
+# %% ../nbs/05_distill.ipynb #c015
 def choose_negatives(
     n: int,  # number of layers, the teacher included
     teacher: int,  # index of the teacher
@@ -93,7 +97,7 @@ def choose_negatives(
     draws = torch.randint(len(students) - 1, (len(students),), generator=generator).tolist()
     return [[s for s in students if s != i][d] for i, d in zip(students, draws)]
 
-# %% ../nbs/05_distill.ipynb #c018
+# %% ../nbs/05_distill.ipynb #c019
 @dataclass
 class Bands:
     "LF and HF of one layer: vectors (B, K), reciprocal lengths (B,), mean magnitudes (B,) of Eq. 3, and the total energy (B,)."
@@ -107,7 +111,7 @@ class Bands:
 
     def detach(self): return Bands(*(getattr(self, f.name).detach() for f in dataclasses.fields(self)))
 
-# %% ../nbs/05_distill.ipynb #c019
+# %% ../nbs/05_distill.ipynb #c020
 def measure(
     features: Tensor,  # (B, C, H, W), any float dtype
     config: FramerConfig = FramerConfig(),
@@ -125,11 +129,11 @@ def measure(
     means = [mean_magnitude(x, m[:, half], counts, config.eps) * (e > floor) for m, e in zip((low, high), energies)]
     return Bands(*vectors, *(inverse_norm(e, floor) for e in energies), *means, total.detach())
 
-# %% ../nbs/05_distill.ipynb #c023
+# %% ../nbs/05_distill.ipynb #c024
 def _world() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
-# %% ../nbs/05_distill.ipynb #c024
+# %% ../nbs/05_distill.ipynb #c025
 def _gather(x: Tensor) -> tuple[Tensor, int]:
     "Rows of all processes, this one's in its place and with its gradient, and the index of its first row. Processes may hold different numbers of rows."
     sizes = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(_world())]
@@ -142,7 +146,7 @@ def _gather(x: Tensor) -> tuple[Tensor, int]:
     parts[dist.get_rank()] = x
     return torch.cat(parts), sum(sizes[: dist.get_rank()])
 
-# %% ../nbs/05_distill.ipynb #c025
+# %% ../nbs/05_distill.ipynb #c026
 def _in_batch(vector: Tensor, scale: Tensor, source: Tensor, source_scale: Tensor, gather: bool) -> Tensor | None:
     "Similarities of each sample to every other image's map, (B, N), own entry -inf; None when there is no other image."
     first = 0
@@ -151,7 +155,7 @@ def _in_batch(vector: Tensor, scale: Tensor, source: Tensor, source_scale: Tenso
     if len(source) < 2: return None
     return others((vector @ source.T) * scale[:, None] * source_scale[None, :], first)
 
-# %% ../nbs/05_distill.ipynb #c029
+# %% ../nbs/05_distill.ipynb #c030
 @dataclass
 class LayerTerms:
     "What one student contributed, each (B,): similarities, losses (before weights), weights (Eq. 5) and gates (Eq. 7)."
@@ -173,11 +177,11 @@ class LayerTerms:
         "Eq. 9 per sample, (B,)."
         return self.weight_lf * self.gate_lf * self.intra + self.weight_hf * self.gate_hf * self.inter
 
-# %% ../nbs/05_distill.ipynb #c030
+# %% ../nbs/05_distill.ipynb #c031
 def _band(b: Bands, band: str) -> tuple[Tensor, Tensor]:
     return getattr(b, band), getattr(b, f"scale_{band}")
 
-# %% ../nbs/05_distill.ipynb #c031
+# %% ../nbs/05_distill.ipynb #c032
 def band_terms(
     student: Bands, teacher: Bands, negative: Bands,
     band: str,  # "low" or "high"
@@ -194,7 +198,7 @@ def band_terms(
     source = (t, ts) if config.in_batch == "teacher" else (v, s) if config.target_grad else (v.detach(), s.detach())
     return plus, minus, inter_cl(plus, minus, _in_batch(v, s, *source, config.gather))
 
-# %% ../nbs/05_distill.ipynb #c032
+# %% ../nbs/05_distill.ipynb #c033
 def _weights(student: Bands, teacher: Bands, config: FramerConfig) -> tuple[Tensor, Tensor]:
     "w_LF and w_HF of one student (Eq. 4-5); 1 without FAW or without a split."
     one = torch.ones_like(student.mean_low)
@@ -202,7 +206,7 @@ def _weights(student: Bands, teacher: Bands, config: FramerConfig) -> tuple[Tens
     if not config.faw_grad: student = student.detach()
     return faw(relative_difference(teacher.mean_low, student.mean_low, config.eps), relative_difference(teacher.mean_high, student.mean_high, config.eps))
 
-# %% ../nbs/05_distill.ipynb #c033
+# %% ../nbs/05_distill.ipynb #c034
 def layer_terms(
     student: Bands, teacher: Bands, negative: Bands,  # of one layer each; the last two as constants unless target_grad
     config: FramerConfig, elements: int, layer=0, negative_layer=0,
@@ -213,7 +217,7 @@ def layer_terms(
     gates = (fam(plus_lf), fam(plus_hf)) if config.fam else (torch.ones_like(plus_lf),) * 2
     return LayerTerms(layer, negative_layer, plus_lf, minus_lf, plus_hf, minus_hf, intra, inter, *_weights(student, teacher, config), *gates)
 
-# %% ../nbs/05_distill.ipynb #c035
+# %% ../nbs/05_distill.ipynb #c036
 @dataclass
 class Distillation:
     "The distillation term of Eq. 10 and what it is made of."
@@ -235,7 +239,7 @@ class Distillation:
         "Share of LF and HF gates that are exactly 0, over students and samples."
         return tuple(float(torch.stack([getattr(l, k) for l in self.layers]).eq(0).float().mean()) for k in ("gate_lf", "gate_hf"))
 
-# %% ../nbs/05_distill.ipynb #c036
+# %% ../nbs/05_distill.ipynb #c037
 def _check_features(features, names):
     if not all(isinstance(f, Tensor) and f.ndim == 4 for f in features):
         raise ValueError(f"features: expected a list of (B, C, H, W) tensors, got {[tuple(getattr(f, 'shape', ())) or type(f).__name__ for f in features]}")
@@ -244,7 +248,7 @@ def _check_features(features, names):
             raise ValueError(f"layer {name} is {tuple(f.shape)} and the last layer {tuple(features[-1].shape)}: expected equal shapes; "
                              "align them first (heads.AlignmentHeads; Framer does it by itself)")
 
-# %% ../nbs/05_distill.ipynb #c037
+# %% ../nbs/05_distill.ipynb #c038
 def _check_finite(features, bands, names):
     "Raise naming the first layer with NaN or inf. One look at the energies, so one synchronisation for all layers."
     if torch.stack([b.energy for b in bands]).isfinite().all(): return
@@ -254,7 +258,7 @@ def _check_finite(features, bands, names):
             raise FloatingPointError(f"layer {name}: {bad or 'no'} of {f.numel()} feature values are NaN or inf (their energy overflows float32); "
                                      "the distillation loss would be NaN. Lower the learning rate, clip gradients, or train in bf16 instead of fp16")
 
-# %% ../nbs/05_distill.ipynb #c038
+# %% ../nbs/05_distill.ipynb #c039
 def distillation(
     features: list[Tensor],  # (B, C, H, W) of every layer in forward order, equal shapes, any float dtype; the last is the teacher
     config: FramerConfig | None = None,  # None: the paper's method
@@ -279,13 +283,13 @@ def distillation(
         loss = config.weight * torch.stack([l.loss.mean() for l in layers]).sum()
     return Distillation(loss, layers, names[teacher])
 
-# %% ../nbs/05_distill.ipynb #c039
+# %% ../nbs/05_distill.ipynb #c040
 def _given(negatives, students):
     for i, j in zip(students, negatives, strict=True):
         if j not in students or j == i: raise ValueError(f"negatives: student {i} got {j}; expected another student, one of {[s for s in students if s != i]}")
     return list(negatives)
 
-# %% ../nbs/05_distill.ipynb #c067
+# %% ../nbs/05_distill.ipynb #c068
 class _AverageGradients:
     "Average the gradients of `parameters` over processes once, at the end of a backward pass; does nothing in a single process."
     def __init__(self, parameters):
@@ -306,12 +310,12 @@ class _AverageGradients:
     def remove(self):
         for h in self.handles: h.remove()
 
-# %% ../nbs/05_distill.ipynb #c068
+# %% ../nbs/05_distill.ipynb #c069
 def _all_sum(x: Tensor) -> Tensor:
     if _world() > 1: x = x.clone(); dist.all_reduce(x)
     return x
 
-# %% ../nbs/05_distill.ipynb #c070
+# %% ../nbs/05_distill.ipynb #c071
 def same_size(
     maps: list[Tensor],  # (B, C_i, h_i, w_i) in forward order, the last is the teacher's
     names: list[str],  # of the layers, for the message
@@ -322,7 +326,7 @@ def same_size(
     size = maps[-1].shape[-2:]
     return [m if m.shape[-2:] == size else F.interpolate(m, size=tuple(size), mode="bilinear", align_corners=False) for m in maps]
 
-# %% ../nbs/05_distill.ipynb #c072
+# %% ../nbs/05_distill.ipynb #c073
 class AlignedFeatures(nn.Module):
     "Recorded maps of a model's layers in the teacher's shape: hooks, and heads where widths or sizes differ. The model is not a child of this module."
     def __init__(self,
@@ -351,7 +355,7 @@ class AlignedFeatures(nn.Module):
         with torch.autocast(maps[-1].device.type, enabled=False):
             return self.heads([m.to(maps[-1].dtype) for m in maps[:-1]], maps[-1].shape[-2:]) + maps[-1:]
 
-# %% ../nbs/05_distill.ipynb #c074
+# %% ../nbs/05_distill.ipynb #c075
 class Framer(AlignedFeatures):
     "FRAMER on a model (Eq. 10). Its parameters are the heads', never the model's. Make one with `Framer.attach`."
     def __init__(self, model: nn.Module, taps: Taps, config: FramerConfig):

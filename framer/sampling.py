@@ -162,6 +162,7 @@ def upscale(
     weights=None,  # a loaded backbone, the name of a run, or a folder; None: the newest run
     steps: int = 10,  # sampler steps
     seed: int = 0,  # of the noise: same seed, same picture
+    strength: float = 0.5,  # 1 starts from noise alone (Algorithm 2); below, from the enlarged input made noisy so far of the way
     color_fix: str | None = "adain",  # "adain", "wavelet" or None
     tile: int = 160,  # larger pictures are cut into tiles of this side, in pixels of the small picture, a multiple of 8
     overlap: int = 24,  # of tiles, in pixels of the small picture
@@ -174,7 +175,7 @@ def upscale(
     lr = pad_to(rgb, 8)
     noise = torch.randn(1, backbone.latent_channels, lr.shape[-2] // 2, lr.shape[-1] // 2, generator=torch.Generator().manual_seed(seed))
     device = next(backbone.model.parameters()).device
-    part = lambda x, top, left: restore(backbone, x[None].to(device), noise[..., top // 2: (top + x.shape[-2]) // 2, left // 2: (left + x.shape[-1]) // 2], steps)[0]
+    part = lambda x, top, left: restore(backbone, x[None].to(device), noise[..., top // 2: (top + x.shape[-2]) // 2, left // 2: (left + x.shape[-1]) // 2], steps, strength)[0]
     big = in_tiles(part, lr, tile, overlap, multiple=8)[:, : 4 * h, : 4 * w]
     reference = F.interpolate(rgb[None], scale_factor=4, mode="bicubic")[0].clamp(0, 1)
     return to_image(fix_color(big, reference, color_fix), alpha, grey)

@@ -311,14 +311,14 @@ def validate(
     pairs: tuple[Tensor, Tensor],  # hr and lr, in [0, 1]
     config: TrainConfig,
     step: int,  # finished optimiser steps
-) -> tuple[dict, Tensor]:  # scores, and the restored pictures (N, 3, H, W)
+) -> tuple[dict, dict]:  # scores of pictures sampled from noise (Algorithm 2), and from the LR latent made half-way noisy
     "Restore the held-out pictures with the averaged weights, score them, and save a picture."
     hr, lr = pairs
+    noise = starting_noise(parts.backbone, lr, config.seed)
     with averaged_weights(parts):
-        restored = restore(parts.backbone, lr.to(parts.accelerator.device), starting_noise(parts.backbone, lr, config.seed), config.sampling_steps).cpu()
-    scores = mean_scores(restored, hr)
-    run.save_figure(image_grid({"bicubic": list(bicubic(lr)), f"step {step}": list(restored), "HR": list(hr)}, 1.4), f"validation-{step:06d}")
-    return scores, restored
+        restored, near = (restore(parts.backbone, lr.to(parts.accelerator.device), noise, config.sampling_steps, s).cpu() for s in (1.0, 0.5))
+    run.save_figure(image_grid({"bicubic": list(bicubic(lr)), "from noise": list(restored), "from LR, half-way": list(near), "HR": list(hr)}, 1.4), f"validation-{step:06d}")
+    return mean_scores(restored, hr), mean_scores(near, hr)
 
 # %% ../nbs/16_training.ipynb #c058
 class averaged_weights:
@@ -376,8 +376,9 @@ def go_on(
 # %% ../nbs/16_training.ipynb #c066
 def record_validation(parts: Parts, run: RunFolder, files: Log, pairs, config: TrainConfig, step: int):
     "Validate and write the means to validation.csv."
-    scores, _ = validate(parts, run, pairs, config, step)
-    files.validation.append(dict(step=step, **{k: v for k, v in scores.items() if isinstance(v, float)}))
+    scores, near = validate(parts, run, pairs, config, step)
+    means = lambda s, suffix: {k + suffix: v for k, v in s.items() if isinstance(v, float)}
+    files.validation.append(dict(step=step, **means(scores, ""), **means(near, "_from_lr")))
 
 # %% ../nbs/16_training.ipynb #c068
 def after_step(parts: Parts, run: RunFolder, files: Log, pairs, config: TrainConfig, row: dict, progress, on_log):
@@ -403,14 +404,14 @@ def quarters(
 def finish(parts: Parts, run: RunFolder, files: Log, pairs, config: TrainConfig, log=print):
     "The end of a run: figures, layer similarities, metrics.json, and the model as diffusers saves it."
     hr, lr = (p.to(parts.accelerator.device) for p in pairs)
-    scores, _ = validate(parts, run, pairs, config, config.steps)
+    scores, near = validate(parts, run, pairs, config, config.steps)
     with averaged_weights(parts):
         similarity = layer_similarity(parts.backbone, quarters(hr), quarters(lr), seed=config.seed)
         through = torch.cat([parts.backbone.decode(parts.backbone.encode(x[None] * 2 - 1)) for x in hr]).float() / 2 + 0.5
         parts.backbone.save_pretrained(run.path / "model")
     rows = read_history(run.path / "validation.csv")
     metrics = dict(steps=config.steps, bicubic=mean_scores(bicubic(pairs[1]), pairs[0]), autoencoder=mean_scores(through.cpu().clamp(0, 1), pairs[0]),
-                   before={k: v for k, v in rows[0].items() if k != "step"}, after=scores, noise_loss=ends(files.recent, "noise_loss"),
+                   before={k: rows[0].get(k) for k in ("psnr", "ssim")}, after=scores, after_from_lr=near, noise_loss=ends(files.recent, "noise_loss"),
                    step_seconds_median=float(torch.tensor([r["seconds"] for r in files.recent]).median()), closed_gates_hf=ends(files.recent, "closed_gates_hf"), similarity=similarity)
     run.write_metrics(metrics)
     run.save_figure(loss_figure(files.recent, config.run), "loss"); run.save_figure(similarity_figure({config.run: similarity}), "similarity")
