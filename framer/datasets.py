@@ -22,21 +22,30 @@ from torch.utils.data import DataLoader, Dataset
 from .degradation import PRESETS, degrade
 
 # %% ../nbs/08_datasets.ipynb #c007
+def _from_16_bits(image: Image.Image) -> np.ndarray:
+    "A 16-bit grey picture as (H, W, 3) uint8."
+    levels = np.asarray(image).astype(np.float64).clip(0, 65535) / 257
+    return np.repeat(levels.round().astype(np.uint8)[..., None], 3, axis=2)
+
+# %% ../nbs/08_datasets.ipynb #c010
+def _on_white(image: Image.Image) -> Image.Image:
+    "A picture with transparency, composited on white."
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+
+# %% ../nbs/08_datasets.ipynb #c013
 def _decode(path: Path) -> np.ndarray:
     "The photograph in `path` as (H, W, 3) uint8. Raises whatever Pillow raises."
     with Image.open(path) as file:
         image = ImageOps.exif_transpose(file)
         if image.mode == "F":
             raise ValueError("its pixels are floating-point numbers, whose range is unknown")
-        if image.mode.startswith("I"):  # 16-bit grey
-            levels = np.asarray(image).astype(np.float64).clip(0, 65535) / 257
-            return np.repeat(levels.round().astype(np.uint8)[..., None], 3, axis=2)
-        if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.array(image.convert("RGB"))
+        if image.mode.startswith("I"):
+            return _from_16_bits(image)
+        clear = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+        return np.array((_on_white(image) if clear else image).convert("RGB"))
 
-# %% ../nbs/08_datasets.ipynb #c009
+# %% ../nbs/08_datasets.ipynb #c015
 def _reason(error: Exception, path: Path) -> str:
     "Why `path` could not be read, for a person."
     if isinstance(error, UnidentifiedImageError):
@@ -49,6 +58,7 @@ def _reason(error: Exception, path: Path) -> str:
         return f"cannot be opened: {error.strerror}"
     return f"cannot be decoded: {error or type(error).__name__}"
 
+# %% ../nbs/08_datasets.ipynb #c017
 def _read(path: Path) -> np.ndarray:
     "Like `_decode`, but errors name the file and what to do."
     try:
@@ -56,14 +66,14 @@ def _read(path: Path) -> np.ndarray:
     except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, EOFError and more
         raise ValueError(f"{path} {_reason(error, path)}. Replace the file, or remove it from the folder.") from error
 
-# %% ../nbs/08_datasets.ipynb #c010
+# %% ../nbs/08_datasets.ipynb #c020
 def load_photograph(
     path: str | Path,  # JPEG, PNG, WebP, TIFF or BMP of any kind
 ) -> Tensor:  # (3, H, W) float32 in [0, 1]
     "Read a photograph as RGB, upright. Raises `ValueError` naming the file and the reason if it cannot be decoded."
     return torch.from_numpy(_read(Path(path))).permute(2, 0, 1).contiguous().float() / 255
 
-# %% ../nbs/08_datasets.ipynb #c016
+# %% ../nbs/08_datasets.ipynb #c026
 EXTENSIONS = ".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"
 
 def _check(path: Path, min_side: int) -> str | None:
@@ -75,7 +85,13 @@ def _check(path: Path, min_side: int) -> str | None:
     if min(height, width) < min_side:
         return f"is too small: {width}x{height} pixels, and a training crop is {min_side}x{min_side}"
 
-# %% ../nbs/08_datasets.ipynb #c018
+# %% ../nbs/08_datasets.ipynb #c029
+def _files(folder: Path) -> list[Path]:
+    "Every file under `folder` that is not hidden, in one order on all machines; broken links too."
+    found = (p for p in folder.rglob("*") if p.is_file() or p.is_symlink() and not p.exists())
+    return sorted((p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts)), key=lambda p: p.relative_to(folder).parts)
+
+# %% ../nbs/08_datasets.ipynb #c032
 def _nothing(folder: Path, files: list, bad: dict, min_side: int) -> str:
     "The message for a folder without one usable photograph."
     way_out = f"Name a folder that holds photographs of at least {min_side}x{min_side} pixels ({', '.join(EXTENSIONS)}); subfolders are searched too. This project's own are in data/photographs/train."
@@ -86,22 +102,23 @@ def _nothing(folder: Path, files: list, bad: dict, min_side: int) -> str:
     kinds = ", ".join(f"{n} {suffix or 'without ending'}" for suffix, n in Counter(p.suffix.lower() for p in files).most_common(5))
     return f"{folder} holds no photographs: found {kinds or 'no files at all'}. {way_out}"
 
-def _files(folder: Path) -> list[Path]:
-    "Every file under `folder` that is not hidden, in one order on all machines; broken links too."
-    found = (p for p in folder.rglob("*") if p.is_file() or p.is_symlink() and not p.exists())
-    return sorted((p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts)), key=lambda p: p.relative_to(folder).parts)
-
-# %% ../nbs/08_datasets.ipynb #c019
-def scan_photographs(
-    folder: str | Path,  # searched with its subfolders
-    min_side: int = 128,  # smallest usable side, pixels: the size of a training crop
-) -> tuple[list[Path], dict[Path, str]]:  # the good ones in a fixed order, and the bad ones with the reason
-    "Decode every photograph once. Raises `FileNotFoundError` or `NotADirectoryError` for the folder, `ValueError` if nothing in it can be used."
+# %% ../nbs/08_datasets.ipynb #c034
+def _folder(folder: str | Path) -> Path:
+    "`folder` as a path to a folder that exists."
     folder = Path(folder).expanduser()
     if not folder.exists():
         raise FileNotFoundError(f"{folder} does not exist (looked from {Path.cwd()}). Give the folder that holds the photographs.")
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file. Give the folder that holds the photographs, here perhaps {folder.parent}.")
+    return folder
+
+# %% ../nbs/08_datasets.ipynb #c036
+def scan_photographs(
+    folder: str | Path,  # searched with its subfolders
+    min_side: int = 128,  # smallest usable side, pixels: the size of a training crop
+) -> tuple[list[Path], dict[Path, str]]:  # the good ones in a fixed order, and the bad ones with the reason
+    "Decode every photograph once. Raises `FileNotFoundError` or `NotADirectoryError` for the folder, `ValueError` if nothing in it can be used."
+    folder = _folder(folder)
     files = _files(folder)
     pictures = [p for p in files if p.suffix.lower() in EXTENSIONS]
     with ThreadPoolExecutor(4) as pool:
@@ -112,12 +129,13 @@ def scan_photographs(
         raise ValueError(_nothing(folder, files, bad, min_side))
     return good, bad
 
-# %% ../nbs/08_datasets.ipynb #c024
+# %% ../nbs/08_datasets.ipynb #c041
 def _generator(*numbers: int) -> Generator:
     "A generator seeded by mixing whole numbers >= 0; neighbours have nothing in common."
     state = np.random.SeedSequence(numbers).generate_state(2, np.uint32)
     return Generator().manual_seed(int(state[0]) << 32 | int(state[1]))
 
+# %% ../nbs/08_datasets.ipynb #c045
 @contextmanager
 def _one_thread():
     "Sums of floats depend on how many threads share them: pairs are always made on one."
@@ -128,7 +146,17 @@ def _one_thread():
     finally:
         torch.set_num_threads(threads)
 
-# %% ../nbs/08_datasets.ipynb #c028
+# %% ../nbs/08_datasets.ipynb #c048
+def _check_settings(paths: list, size: int, scale: int, preset) -> None:
+    "Refuse what no pair can be drawn from."
+    if not paths:
+        raise ValueError("paths is empty: give at least one photograph (scan_photographs finds them in a folder)")
+    if size % scale or size < scale:
+        raise ValueError(f"size={size} is not a multiple of scale={scale}: take {max(1, round(size / scale)) * scale}")
+    if isinstance(preset, str) and preset not in PRESETS:
+        raise ValueError(f"preset={preset!r}: expected one of {', '.join(PRESETS)}")
+
+# %% ../nbs/08_datasets.ipynb #c050
 class PairDataset(Dataset):
     "HR and LR crops of photographs; `dataset[index, epoch]` depends on (seed, index, epoch) alone (design of the paper's Sec. 4.1 data, Table 6)."
 
@@ -141,12 +169,7 @@ class PairDataset(Dataset):
         seed: int = 0,  # >= 0
         cache_mb: int = 256,  # decoded photographs kept in memory, per worker
     ):
-        if not paths:
-            raise ValueError("paths is empty: give at least one photograph (scan_photographs finds them in a folder)")
-        if size % scale or size < scale:
-            raise ValueError(f"size={size} is not a multiple of scale={scale}: take {max(1, round(size / scale)) * scale}")
-        if isinstance(preset, str) and preset not in PRESETS:
-            raise ValueError(f"preset={preset!r}: expected one of {', '.join(PRESETS)}")
+        _check_settings(paths, size, scale, preset)
         self.paths, self.size, self.scale = [Path(p) for p in paths], size, scale
         self.preset, self.seed, self.cache_mb, self._cache = preset, seed, cache_mb, OrderedDict()
 
@@ -159,7 +182,7 @@ class PairDataset(Dataset):
     def __getitem__(self, key):
         return self.draw(*key) if isinstance(key, tuple) else self.draw(key)
 
-# %% ../nbs/08_datasets.ipynb #c030
+# %% ../nbs/08_datasets.ipynb #c052
 def _photograph(self: PairDataset, index: int) -> np.ndarray:
     "The decoded photograph, from memory where it is there."
     if index in self._cache:
@@ -172,7 +195,7 @@ def _photograph(self: PairDataset, index: int) -> np.ndarray:
 
 PairDataset._photograph = _photograph
 
-# %% ../nbs/08_datasets.ipynb #c031
+# %% ../nbs/08_datasets.ipynb #c055
 def _crop(self: PairDataset, index: int, generator: Generator) -> Tensor:
     "A random crop, mirrored in half of the draws: (3, size, size) float32 in [0, 1]."
     photograph, size = self._photograph(index), self.size
@@ -185,7 +208,7 @@ def _crop(self: PairDataset, index: int, generator: Generator) -> Tensor:
 
 PairDataset._crop = _crop
 
-# %% ../nbs/08_datasets.ipynb #c032
+# %% ../nbs/08_datasets.ipynb #c058
 def draw(
     self: PairDataset,
     index: int,  # which photograph, 0..len-1
@@ -201,12 +224,13 @@ def draw(
 
 PairDataset.draw = draw
 
-# %% ../nbs/08_datasets.ipynb #c038
+# %% ../nbs/08_datasets.ipynb #c064
 @functools.lru_cache(8)
 def _permutation(n: int, seed: int, epoch: int) -> tuple:
     "The order of epoch `epoch`."
     return tuple(torch.randperm(n, generator=_generator(seed, epoch)).tolist())
 
+# %% ../nbs/08_datasets.ipynb #c067
 def sample_order(
     n: int,  # number of photographs
     batch_size: int,  # samples per step, all ranks together
@@ -217,7 +241,7 @@ def sample_order(
     places = (divmod(p, n) for p in range(step * batch_size, (step + 1) * batch_size))
     return [(_permutation(n, seed, epoch)[place], epoch) for epoch, place in places]
 
-# %% ../nbs/08_datasets.ipynb #c042
+# %% ../nbs/08_datasets.ipynb #c071
 class _Order:
     "One rank's share of every step, made step by step: a run of a million steps needs no list of them."
 
@@ -231,7 +255,7 @@ class _Order:
         for step in self.steps:
             yield sample_order(len(self.dataset), self.batch_size, step, self.dataset.seed)[self.share]
 
-# %% ../nbs/08_datasets.ipynb #c043
+# %% ../nbs/08_datasets.ipynb #c074
 def pair_loader(
     dataset: PairDataset,  # draws the pairs; its seed also orders them
     batch_size: int,  # samples per step, all ranks together
@@ -251,7 +275,7 @@ def pair_loader(
     order = _Order(dataset, batch_size, range(start_step, steps), slice(rank * share, (rank + 1) * share))
     return iter(DataLoader(dataset, batch_sampler=order, num_workers=num_workers, pin_memory=pin_memory, generator=Generator()))
 
-# %% ../nbs/08_datasets.ipynb #c048
+# %% ../nbs/08_datasets.ipynb #c079
 def degraded_pair(
     hr: Tensor,  # (3, H, W) in [0, 1]; H and W multiples of `scale`
     preset="seesr_strong",  # a name in `framer.degradation.PRESETS`, or a preset

@@ -17,11 +17,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 # %% ../nbs/06_degradation.ipynb #c007
-def _uniform(
-    bounds: tuple,  # lowest and highest value
-    generator: Generator,  # the one source of randomness
-) -> float:
-    "A number drawn uniformly from [low, high)."
+def _uniform(bounds: tuple, generator: Generator) -> float:
+    "A number drawn uniformly from [low, high), in float64."
     low, high = bounds
     return low + (high - low) * torch.rand((), generator=generator, device=generator.device, dtype=torch.float64).item()
 
@@ -29,6 +26,7 @@ def _chance(probability: float, generator: Generator) -> bool:
     "True with the given probability."
     return _uniform((0, 1), generator) < probability
 
+# %% ../nbs/06_degradation.ipynb #c010
 def _choose(options: tuple, generator: Generator, weights: tuple = None):
     "One of `options`, by `weights` that sum to 1 (all equal by default)."
     place, total = _uniform((0, 1), generator), 0.0
@@ -38,9 +36,24 @@ def _choose(options: tuple, generator: Generator, weights: tuple = None):
             return option
     return options[-1]
 
-# %% ../nbs/06_degradation.ipynb #c011
+# %% ../nbs/06_degradation.ipynb #c014
+def _distance(size: int, sigma_x: float, sigma_y: float, angle: float) -> Tensor:
+    "q of every pixel, (size, size) float64: 1 on the ellipse with half axes `sigma_x`, along `angle`, and `sigma_y`."
+    axis = torch.arange(size, dtype=torch.float64) - size // 2
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    along, across = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
+    return (along / sigma_x) ** 2 + (across / sigma_y) ** 2
+
+# %% ../nbs/06_degradation.ipynb #c017
 KINDS = "iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso"
 
+def _falloff(q: Tensor, kind: str, beta: float) -> Tensor:
+    "How bright a pixel at distance `q` is, 1 in the middle."
+    if kind.startswith("plateau"):
+        return 1 / (1 + q**beta)
+    return torch.exp(-0.5 * q ** (beta if kind.startswith("generalized") else 1.0))
+
+# %% ../nbs/06_degradation.ipynb #c020
 def blur_kernel(
     kind: str,  # one of `KINDS`
     size: int,  # side in pixels, odd
@@ -56,17 +69,10 @@ def blur_kernel(
         raise ValueError(f"size={size}: a kernel needs a middle pixel, so an odd size such as {size + 1}")
     if kind.endswith("_iso") or kind == "iso" or sigma_y is None:
         sigma_y, angle = sigma_x, 0.0
-    axis = torch.arange(size, dtype=torch.float64) - size // 2
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    along, across = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
-    q = (along / sigma_x) ** 2 + (across / sigma_y) ** 2
-    if kind.startswith("plateau"):
-        kernel = 1 / (1 + q**beta)
-    else:
-        kernel = torch.exp(-0.5 * q ** (beta if kind.startswith("generalized") else 1.0))
+    kernel = _falloff(_distance(size, sigma_x, sigma_y, angle), kind, beta)
     return kernel / kernel.sum()
 
-# %% ../nbs/06_degradation.ipynb #c015
+# %% ../nbs/06_degradation.ipynb #c024
 def sinc_kernel(
     cutoff: float,  # in radians per pixel, (0, pi]; smaller blurs and rings more
     size: int,  # side in pixels, odd
@@ -78,13 +84,14 @@ def sinc_kernel(
     kernel[size // 2, size // 2] = cutoff**2 / (4 * math.pi)
     return kernel / kernel.sum()
 
-# %% ../nbs/06_degradation.ipynb #c019
+# %% ../nbs/06_degradation.ipynb #c028
 def _pad(image: Tensor, x: int, y: int) -> Tensor:
     "Mirror `x` columns and `y` rows at each border; repeat the last pixel where a side is too short."
     height, width = image.shape[-2:]
     mode = "reflect" if width > x and height > y else "replicate"
     return F.pad(image[None], (x, x, y, y), mode=mode)
 
+# %% ../nbs/06_degradation.ipynb #c031
 def blur(
     image: Tensor,  # (C, H, W)
     kernel: Tensor,  # (k, k) or, for one direction only, (k, 1) or (1, k); odd sides
@@ -94,12 +101,13 @@ def blur(
     padded = _pad(image, kernel.shape[1] // 2, kernel.shape[0] // 2)
     return F.conv2d(padded, weight, groups=image.shape[0])[0]
 
-# %% ../nbs/06_degradation.ipynb #c023
+# %% ../nbs/06_degradation.ipynb #c035
 def _gaussian_blur(image: Tensor, taps: int, sigma: float) -> Tensor:
     "Gaussian blur as two one-dimensional passes."
     row = torch.exp(-0.5 * ((torch.arange(taps, dtype=torch.float64) - taps // 2) / sigma) ** 2)[None]
     return blur(blur(image, row / row.sum()), row.T / row.sum())
 
+# %% ../nbs/06_degradation.ipynb #c038
 def sharpen(
     image: Tensor,  # (3, H, W) in [0, 1]
     weight: float = 0.5,  # how much of the difference is added
@@ -113,7 +121,7 @@ def sharpen(
     mask = _gaussian_blur((residual.abs() * 255 > threshold).to(image), taps, sigma)
     return mask * (image + weight * residual).clamp(0, 1) + (1 - mask) * image
 
-# %% ../nbs/06_degradation.ipynb #c027
+# %% ../nbs/06_degradation.ipynb #c042
 MODES = "area", "bilinear", "bicubic"
 
 def resize(
@@ -130,7 +138,12 @@ def resize(
         return F.interpolate(image[None], size=size, mode=mode)[0]
     return F.interpolate(image[None], size=size, mode=mode, align_corners=False, antialias=antialias)[0]
 
-# %% ../nbs/06_degradation.ipynb #c031
+# %% ../nbs/06_degradation.ipynb #c046
+def _levels(image: Tensor) -> Tensor:
+    "Clamped to [0, 1] and rounded to the 256 levels of 8 bits."
+    return image.mul(255).round().clamp(0, 255) / 255
+
+# %% ../nbs/06_degradation.ipynb #c049
 def add_gaussian_noise(
     image: Tensor,  # (3, H, W) in [0, 1]
     sigma: float,  # standard deviation in 8-bit levels, >= 0
@@ -142,6 +155,7 @@ def add_gaussian_noise(
     noise = torch.randn(shape, generator=generator, device=generator.device).to(image)
     return (image + noise * (sigma / 255)).clamp(0, 1)
 
+# %% ../nbs/06_degradation.ipynb #c051
 def add_poisson_noise(
     image: Tensor,  # (3, H, W) in [0, 1]
     scale: float,  # how much of the noise is added, >= 0
@@ -149,15 +163,14 @@ def add_poisson_noise(
     generator: Generator,  # the one source of randomness
 ) -> Tensor:  # (3, H, W) in [0, 1]
     "Signal-dependent shot noise, clamped to [0, 1]."
-    clean = image.mul(255).round().clamp(0, 255) / 255
+    clean = _levels(image)
     if gray:
-        clean = (clean * clean.new_tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True)
-        clean = clean.mul(255).round().clamp(0, 255) / 255
+        clean = _levels((clean * clean.new_tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True))
     levels = 2.0 ** math.ceil(math.log2(len(clean.unique())))
     shot = torch.poisson((clean * levels).to(generator.device), generator=generator).to(image) / levels
     return (image + (shot - clean) * scale).clamp(0, 1)
 
-# %% ../nbs/06_degradation.ipynb #c035
+# %% ../nbs/06_degradation.ipynb #c055
 def jpeg(
     image: Tensor,  # (3, H, W) in [0, 1]
     quality: float,  # 1..100, rounded
@@ -172,7 +185,7 @@ def jpeg(
     decoded = torch.from_numpy(np.array(Image.open(file)))
     return decoded.permute(2, 0, 1).to(image) / 255
 
-# %% ../nbs/06_degradation.ipynb #c039
+# %% ../nbs/06_degradation.ipynb #c059
 @dataclass(frozen=True)
 class Stage:
     "One of the two rounds of blur, resize, noise and JPEG. Ranges are (low, high), drawn uniformly; a probability of 0 leaves a step out."
@@ -188,7 +201,7 @@ class Stage:
     gaussian_prob: float = 0.5  # chance that it is Gaussian rather than Poisson
     gray_prob: float = 0.4  # chance that it is the same on all channels
 
-# %% ../nbs/06_degradation.ipynb #c040
+# %% ../nbs/06_degradation.ipynb #c061
 @dataclass(frozen=True)
 class DegradationPreset:
     "Everything that `degrade` draws from. Frozen: make a variant with `dataclasses.replace`."
@@ -205,24 +218,34 @@ class DegradationPreset:
     modes: tuple = MODES  # interpolations to draw from
     antialias: bool = False  # low-pass before bilinear and bicubic shrinking
 
-# %% ../nbs/06_degradation.ipynb #c041
+# %% ../nbs/06_degradation.ipynb #c063
 _STRONG = DegradationPreset(
     "seesr_strong",
     Stage(1.0, 0.1, (0.2, 3.0), (0.2, 0.7, 0.1), (0.15, 1.5), (1, 30), (0.05, 3.0), (30, 95)),
     Stage(0.8, 0.1, (0.2, 1.5), (0.3, 0.4, 0.3), (0.3, 1.2), (1, 25), (0.05, 2.5), (30, 95)),
     sharpen_target=True,
 )
+
+# %% ../nbs/06_degradation.ipynb #c065
 _LIGHT = DegradationPreset(
     "seesr_light",
     Stage(1.0, 0.1, (0.2, 3.0), (0.2, 0.7, 0.1), (0.3, 1.5), (1, 15), (0.05, 2.0), (60, 95)),
     Stage(0.5, 0.1, (0.2, 1.5), (0.3, 0.4, 0.3), (0.6, 1.2), (1, 12), (0.05, 1.0), (60, 100)),
     sharpen_target=False,
 )
+
+# %% ../nbs/06_degradation.ipynb #c067
 _NOTHING = Stage(0.0, 0.0, (1, 1), (0.0, 0.0, 1.0), (1, 1), (0, 0), (0, 0), None, noise_prob=0.0)
 _BICUBIC = DegradationPreset("bicubic", _NOTHING, _NOTHING, False, final_sinc_prob=0.0, modes=("bicubic",), antialias=True)
 PRESETS = {preset.name: preset for preset in (_STRONG, _LIGHT, _BICUBIC)}
 
-# %% ../nbs/06_degradation.ipynb #c045
+# %% ../nbs/06_degradation.ipynb #c071
+def _draw_shape(kind: str, preset: DegradationPreset, generator: Generator) -> float:
+    "beta of a kernel of this kind; the Gaussian ones ignore it, and draw it all the same."
+    low, high = preset.beta_plateau if kind.startswith("plateau") else preset.beta_generalized
+    return _uniform((low, 1.0) if _chance(0.5, generator) else (1.0, high), generator)
+
+# %% ../nbs/06_degradation.ipynb #c074
 def draw_kernel(
     stage: Stage,  # gives the chance of a sinc and the spread
     preset: DegradationPreset,  # gives kinds, sizes and shapes
@@ -235,11 +258,9 @@ def draw_kernel(
     kind = _choose(preset.kinds, generator, preset.kind_prob)
     sigma_x, sigma_y = _uniform(stage.sigma, generator), _uniform(stage.sigma, generator)
     angle = _uniform((-math.pi, math.pi), generator)
-    low, high = preset.beta_plateau if kind.startswith("plateau") else preset.beta_generalized
-    beta = _uniform((low, 1.0) if _chance(0.5, generator) else (1.0, high), generator)
-    return blur_kernel(kind, size, sigma_x, sigma_y, angle, beta)
+    return blur_kernel(kind, size, sigma_x, sigma_y, angle, _draw_shape(kind, preset, generator))
 
-# %% ../nbs/06_degradation.ipynb #c049
+# %% ../nbs/06_degradation.ipynb #c078
 def _random_resize(image: Tensor, base: tuple, stage: Stage, preset: DegradationPreset, generator: Generator) -> Tensor:
     "Resize to `base` (height, width) times a drawn factor."
     low, high = stage.resize_range
@@ -248,6 +269,7 @@ def _random_resize(image: Tensor, base: tuple, stage: Stage, preset: Degradation
     size = tuple(max(1, int(side * factor)) for side in base)
     return image if size == tuple(image.shape[1:]) else resize(image, size, mode, preset.antialias)
 
+# %% ../nbs/06_degradation.ipynb #c081
 def _random_noise(image: Tensor, stage: Stage, generator: Generator) -> Tensor:
     "Add Gaussian or Poisson noise of a drawn strength."
     if not _chance(stage.noise_prob, generator):
@@ -256,11 +278,20 @@ def _random_noise(image: Tensor, stage: Stage, generator: Generator) -> Tensor:
     add, bounds = (add_gaussian_noise, stage.gaussian) if gaussian else (add_poisson_noise, stage.poisson)
     return add(image, _uniform(bounds, generator), gray, generator)
 
+# %% ../nbs/06_degradation.ipynb #c083
 def _random_jpeg(image: Tensor, stage: Stage, generator: Generator) -> Tensor:
     "JPEG of a drawn quality."
     return image if stage.jpeg is None else jpeg(image, _uniform(stage.jpeg, generator))
 
-# %% ../nbs/06_degradation.ipynb #c051
+# %% ../nbs/06_degradation.ipynb #c086
+def _round(image: Tensor, base: tuple, stage: Stage, preset: DegradationPreset, generator: Generator) -> Tensor:
+    "Blur, resize to `base` (height, width) times a factor, and add noise; all as drawn."
+    if _chance(stage.blur_prob, generator):
+        image = blur(image, draw_kernel(stage, preset, generator))
+    image = _random_resize(image, base, stage, preset, generator)
+    return _random_noise(image, stage, generator)
+
+# %% ../nbs/06_degradation.ipynb #c089
 def _finish(image: Tensor, size: tuple, preset: DegradationPreset, generator: Generator) -> Tensor:
     "Shrink to `size` with a last sinc filter, and JPEG before or after it."
     jpeg_first, mode = _chance(0.5, generator), _choose(preset.modes, generator)
@@ -273,7 +304,16 @@ def _finish(image: Tensor, size: tuple, preset: DegradationPreset, generator: Ge
         image = blur(image, sinc_kernel(cutoff, _choose(preset.kernel_sizes, generator)))
     return image if jpeg_first else _random_jpeg(image, preset.second, generator)
 
-# %% ../nbs/06_degradation.ipynb #c052
+# %% ../nbs/06_degradation.ipynb #c092
+def _preset_for(preset: str | DegradationPreset, hr: Tensor, scale: int) -> DegradationPreset:
+    "The preset, once `preset`, `hr` and `scale` are found to go together."
+    if isinstance(preset, str) and preset not in PRESETS:
+        raise ValueError(f"preset={preset!r}: expected one of {', '.join(PRESETS)}, or a DegradationPreset")
+    if hr.dim() != 3 or hr.shape[0] != 3 or hr.shape[1] % scale or hr.shape[2] % scale:
+        raise ValueError(f"hr has shape {tuple(hr.shape)}: expected (3, H, W) with H and W multiples of scale={scale}; crop it first")
+    return PRESETS[preset] if isinstance(preset, str) else preset
+
+# %% ../nbs/06_degradation.ipynb #c094
 def degrade(
     hr: Tensor,  # (3, H, W) in [0, 1]; H and W multiples of `scale`
     preset: str | DegradationPreset,  # a name in `PRESETS`, or a preset
@@ -281,20 +321,10 @@ def degrade(
     scale: int = 4,  # how many times smaller the result is
 ) -> tuple[Tensor, Tensor]:  # the target (3, H, W), sharpened where the preset says so, and lr (3, H/scale, W/scale) rounded to 8 bits
     "The second-order degradation of the paper's Table 6. Raises `ValueError` for an unknown preset or a size that `scale` does not divide."
-    if isinstance(preset, str) and preset not in PRESETS:
-        raise ValueError(f"preset={preset!r}: expected one of {', '.join(PRESETS)}, or a DegradationPreset")
-    preset = PRESETS[preset] if isinstance(preset, str) else preset
-    if hr.dim() != 3 or hr.shape[0] != 3 or hr.shape[1] % scale or hr.shape[2] % scale:
-        raise ValueError(f"hr has shape {tuple(hr.shape)}: expected (3, H, W) with H and W multiples of scale={scale}; crop it first")
-    target = sharpen(hr) if preset.sharpen_target else hr
+    preset = _preset_for(preset, hr, scale)
     small = tuple(side // scale for side in hr.shape[1:])
-    lr = target
-    for stage, base in ((preset.first, hr.shape[1:]), (preset.second, small)):
-        if _chance(stage.blur_prob, generator):
-            lr = blur(lr, draw_kernel(stage, preset, generator))
-        lr = _random_resize(lr, base, stage, preset, generator)
-        lr = _random_noise(lr, stage, generator)
-        if stage is preset.first:  # the second round's JPEG is part of the last steps
-            lr = _random_jpeg(lr, stage, generator)
-    lr = _finish(lr, small, preset, generator)
-    return target, lr.mul(255).round().clamp(0, 255) / 255
+    target = sharpen(hr) if preset.sharpen_target else hr
+    lr = _round(target, hr.shape[1:], preset.first, preset, generator)
+    lr = _random_jpeg(lr, preset.first, generator)
+    lr = _round(lr, small, preset.second, preset, generator)
+    return target, _levels(_finish(lr, small, preset, generator))
