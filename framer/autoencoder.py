@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 BLOCK_CHANNELS = (16, 32, 64, 112)
 LATENT_CHANNELS = (4, 16)
 
+# %% ../nbs/09_autoencoder.ipynb #c009
 def autoencoder_config(latent_channels: int, # 4 (Stable Diffusion 2's) or 16 (Stable Diffusion 3's)
                        ) -> dict: # keyword arguments of `diffusers.AutoencoderKL`
     "The configuration of the tiny autoencoder with `latent_channels`. Another number of channels is a `ValueError`."
@@ -36,22 +37,23 @@ def autoencoder_config(latent_channels: int, # 4 (Stable Diffusion 2's) or 16 (S
                 layers_per_block=1, norm_num_groups=4, mid_block_add_attention=False, sample_size=512,
                 scaling_factor=1.0, shift_factor=0.0, force_upcast=False)
 
-# %% ../nbs/09_autoencoder.ipynb #c009
+# %% ../nbs/09_autoencoder.ipynb #c011
 _K, _GAIN = 4.0, 2.0
 _COLOURS = torch.tensor([[1., 1., 1.], [1., 0., -1.], [1., -2., 1.]]) / torch.tensor([[3.], [2.], [6.]]).sqrt()
 _HAAR = torch.tensor([[[1., 1.], [1., 1.]], [[1., -1.], [1., -1.]], [[1., 1.], [-1., -1.]], [[1., -1.], [-1., 1.]]]) / 4
 
+# %% ../nbs/09_autoencoder.ipynb #c013
 def _write(conv, rows):
     "Gives `conv` the rows {output channel: [(input channel, value or 2-D kernel), ...]}; the other weights of these rows become 0."
     n = conv.kernel_size[0]
     for row, taps in rows.items():
-        conv.weight[row] = 0
-        conv.bias[row] = 0
+        conv.weight[row], conv.bias[row] = 0, 0
         for channel, kernel in taps:
             kernel = torch.as_tensor(kernel)
             if kernel.ndim == 0: conv.weight[row, channel, n // 2, n // 2] = kernel
             else: conv.weight[row, channel, :kernel.shape[0], :kernel.shape[1]] = kernel
 
+# %% ../nbs/09_autoencoder.ipynb #c015
 def _write_pairs(shortcut, last, norm, places, size):
     "Signals as pairs (s, -s) and constants as a pair (K, -K) in each group, up to and with the norm. `places`: signal -> first channel; `size`: channels per group."
     for signal, c in places.items():
@@ -61,7 +63,7 @@ def _write_pairs(shortcut, last, norm, places, size):
         last.bias[k], last.bias[k + 1] = _K, -_K
         norm.weight[c:c + 2] = _K * math.sqrt(2 / size)
 
-# %% ../nbs/09_autoencoder.ipynb #c010
+# %% ../nbs/09_autoencoder.ipynb #c017
 def _start_encoder(vae):
     "Mean colours and Haar details of brightness, times `_GAIN`."
     e, latents = vae.encoder, vae.config.latent_channels
@@ -84,6 +86,7 @@ def _start_encoder(vae):
     vae.quant_conv.weight[latents:] *= 0.1
     vae.quant_conv.bias[latents:] = -8.0 # a narrow posterior
 
+# %% ../nbs/09_autoencoder.ipynb #c019
 def _start_decoder(vae):
     "Bilinear interpolation of the mean colours."
     d, latents = vae.decoder, vae.config.latent_channels
@@ -97,7 +100,7 @@ def _start_decoder(vae):
     _write_pairs(d.up_blocks[3].resnets[0].conv_shortcut, d.up_blocks[3].resnets[-1].conv2, d.conv_norm_out, places, size)
     _write(d.conv_out, {c: [(p + i, (1 - 2 * i) * _COLOURS[k, c]) for k, p in places.items() for i in (0, 1)] for c in range(3)})
 
-# %% ../nbs/09_autoencoder.ipynb #c011
+# %% ../nbs/09_autoencoder.ipynb #c021
 def new_autoencoder(latent_channels: int, # 4 or 16
                     seed: int = 0, # of the random part of the weights
                     ) -> AutoencoderKL: # untrained, in train mode
@@ -107,11 +110,10 @@ def new_autoencoder(latent_channels: int, # 4 or 16
         vae = AutoencoderKL(**autoencoder_config(latent_channels))
         for name, module in vae.named_modules():
             if name.endswith("conv2"): module.weight.zero_(), module.bias.zero_()
-        _start_encoder(vae)
-        _start_decoder(vae)
+        _start_encoder(vae), _start_decoder(vae)
     return vae
 
-# %% ../nbs/09_autoencoder.ipynb #c017
+# %% ../nbs/09_autoencoder.ipynb #c027
 def encode(vae: AutoencoderKL, # any diffusers autoencoder with a scaling factor
            images: torch.Tensor, # (B, 3, H, W) in [-1, 1]; H and W multiples of 8
            generator: torch.Generator | None = None, # draws from the posterior; None takes its mean
@@ -125,14 +127,14 @@ def encode(vae: AutoencoderKL, # any diffusers autoencoder with a scaling factor
     latents = posterior.mode() if generator is None else posterior.sample(generator)
     return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
-# %% ../nbs/09_autoencoder.ipynb #c018
+# %% ../nbs/09_autoencoder.ipynb #c029
 def decode(vae: AutoencoderKL, # the autoencoder that made the latents
            latents: torch.Tensor, # (B, latent_channels, h, w), scaled
            ) -> torch.Tensor: # (B, 3, 8h, 8w), about [-1, 1], not clamped
     "The pictures of scaled `latents`: the inverse of `encode` up to the autoencoder's loss."
     return vae.decode((latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)).to(vae.dtype)).sample
 
-# %% ../nbs/09_autoencoder.ipynb #c020
+# %% ../nbs/09_autoencoder.ipynb #c031
 def picture_files(folder: str | Path, # searched with its subfolders
                   ) -> list: # paths, sorted
     "PNG and JPEG files under `folder`. A folder that is not there, or holds none, is an error that names it."
@@ -142,7 +144,7 @@ def picture_files(folder: str | Path, # searched with its subfolders
     if not found: raise FileNotFoundError(f"{folder} holds no .png or .jpg picture")
     return found
 
-# %% ../nbs/09_autoencoder.ipynb #c021
+# %% ../nbs/09_autoencoder.ipynb #c032
 def read_picture(path: str | Path, # PNG or JPEG, 8 bit
                  ) -> torch.Tensor: # (3, H, W) uint8
     "A picture file as bytes, upright, RGB."
@@ -151,7 +153,7 @@ def read_picture(path: str | Path, # PNG or JPEG, 8 bit
     with Image.open(path) as image:
         return torch.from_numpy(np.asarray(ImageOps.exif_transpose(image).convert("RGB")).copy()).permute(2, 0, 1)
 
-# %% ../nbs/09_autoencoder.ipynb #c022
+# %% ../nbs/09_autoencoder.ipynb #c034
 class Crops:
     "Random square crops, mirrored at random, of all pictures of a folder (PNG, JPEG), kept in memory as bytes."
     def __init__(self,
@@ -178,7 +180,7 @@ class Crops:
             out.append(c.transpose(1, 2) if turn < 0.5 else c)
         return torch.stack(out).float() / 127.5 - 1
 
-# %% ../nbs/09_autoencoder.ipynb #c025
+# %% ../nbs/09_autoencoder.ipynb #c037
 def reconstruction_loss(output: torch.Tensor, # (B, 3, H, W) reconstruction
                         target: torch.Tensor, # (B, 3, H, W) original
                         gradient_weight: float = 0.5, # lambda, 0 for plain L1
@@ -187,7 +189,7 @@ def reconstruction_loss(output: torch.Tensor, # (B, 3, H, W) reconstruction
     error = output - target
     return error.abs().mean() + gradient_weight * (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean())
 
-# %% ../nbs/09_autoencoder.ipynb #c028
+# %% ../nbs/09_autoencoder.ipynb #c040
 class Fit:
     "A training of one autoencoder that can stop and go on: `.step()` until `.done`, `.average` are the weights to keep."
     def __init__(self,
@@ -216,12 +218,12 @@ class Fit:
     @property
     def done(self): return self.progress >= 1
 
-# %% ../nbs/09_autoencoder.ipynb #c029
+# %% ../nbs/09_autoencoder.ipynb #c041
 def _rate(fit):
     "Linear warm-up, then half a cosine down to 2 % over the whole budget."
     return fit.lr * min(1, (fit.done_steps + 1) / fit.warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, fit.progress))))
 
-# %% ../nbs/09_autoencoder.ipynb #c030
+# %% ../nbs/09_autoencoder.ipynb #c043
 def fit_step(fit: Fit, # the training
              ) -> dict: # step, loss, l1, kl, lr
     "One optimiser step on the next batch. A loss that is not finite is a `FloatingPointError` and leaves the weights alone."
@@ -248,7 +250,7 @@ def fit_step(fit: Fit, # the training
     fit.history.append(row)
     return row
 
-# %% ../nbs/09_autoencoder.ipynb #c033
+# %% ../nbs/09_autoencoder.ipynb #c046
 def save_fit(fit: Fit, # the training
              path: str | Path, # a .safetensors file, replaced in one step
              ):
@@ -257,12 +259,11 @@ def save_fit(fit: Fit, # the training
     state = {f"model.{k}": v for k, v in fit.vae.state_dict().items()} | {f"average.{k}": v for k, v in fit.average.items()}
     for name, p in zip(names, fit.vae.parameters()):
         for k, v in fit.optimizer.state.get(p, {}).items(): state[f"adam.{k}.{name}"] = v
-    facts = dict(done_steps=fit.done_steps, seconds=fit.seconds, history=fit.history)
-    aside = path.with_suffix(".writing")
+    facts, aside = dict(done_steps=fit.done_steps, seconds=fit.seconds, history=fit.history), path.with_suffix(".writing")
     save_file({k: v.detach().contiguous() for k, v in state.items()}, aside, metadata={"fit": json.dumps(facts)})
     aside.replace(path)
 
-# %% ../nbs/09_autoencoder.ipynb #c034
+# %% ../nbs/09_autoencoder.ipynb #c048
 def load_fit(fit: Fit, # a training made with the same arguments as the one that was saved
              path: str | Path, # what `save_fit` wrote
              ) -> Fit: # the same object, ready to go on
@@ -280,7 +281,7 @@ def load_fit(fit: Fit, # a training made with the same arguments as the one that
     fit.done_steps, fit.seconds, fit.history = facts["done_steps"], facts["seconds"], facts["history"]
     return fit
 
-# %% ../nbs/09_autoencoder.ipynb #c038
+# %% ../nbs/09_autoencoder.ipynb #c052
 def central(picture: torch.Tensor, # (3, H, W) uint8 or float
             size: int, # wanted side, a multiple of 8; a smaller picture gives its largest multiple of 8
             ) -> torch.Tensor: # (3, h, w), h and w multiples of 8 and at most `size`
@@ -289,7 +290,7 @@ def central(picture: torch.Tensor, # (3, H, W) uint8 or float
     y, x = (picture.shape[-2] - h) // 2, (picture.shape[-1] - w) // 2
     return picture[..., y:y + h, x:x + w]
 
-# %% ../nbs/09_autoencoder.ipynb #c039
+# %% ../nbs/09_autoencoder.ipynb #c053
 @torch.no_grad()
 def reconstruction_psnr(vae: AutoencoderKL, # any autoencoder
                         pictures: list, # (3, H, W) uint8 tensors, each measured on its central crop
@@ -304,7 +305,7 @@ def reconstruction_psnr(vae: AutoencoderKL, # any autoencoder
         scores.append(10 * math.log10(255 ** 2 / max((x - y).square().mean().item(), 1e-10)))
     return scores
 
-# %% ../nbs/09_autoencoder.ipynb #c040
+# %% ../nbs/09_autoencoder.ipynb #c054
 @torch.no_grad()
 def latent_statistics(vae: AutoencoderKL, # any autoencoder; its present scaling and shift are not used
                       pictures: list, # (3, H, W) uint8 tensors
@@ -315,7 +316,7 @@ def latent_statistics(vae: AutoencoderKL, # any autoencoder; its present scaling
     z = torch.cat(z, 1)
     return dict(mean=z.mean(1), std=z.std(1), shift=z.mean().item(), scaling=1 / z.std().item())
 
-# %% ../nbs/09_autoencoder.ipynb #c042
+# %% ../nbs/09_autoencoder.ipynb #c056
 def save_autoencoder(vae: AutoencoderKL, # trained
                      folder: str | Path, # made if it is not there
                      shift: float, # goes to the configuration as `shift_factor`
@@ -330,7 +331,7 @@ def save_autoencoder(vae: AutoencoderKL, # trained
     copy.to(dtype).save_pretrained(folder, safe_serialization=True)
     return folder
 
-# %% ../nbs/09_autoencoder.ipynb #c043
+# %% ../nbs/09_autoencoder.ipynb #c057
 def _read_autoencoder(folder):
     "An `AutoencoderKL` from a folder; errors name the folder and what it lacks."
     for name in ("config.json", "diffusion_pytorch_model.safetensors"):
@@ -344,21 +345,20 @@ def _read_autoencoder(folder):
     vae.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
     return vae
 
-# %% ../nbs/09_autoencoder.ipynb #c045
+# %% ../nbs/09_autoencoder.ipynb #c059
 def load_autoencoder(latent_channels: int = 4, # 4 or 16
                      weights: str | Path = "bundled", # "bundled", "random", or a folder that `save_autoencoder` or `save_pretrained` wrote
                      ) -> AutoencoderKL: # frozen, eval mode, float32
     "A frozen tiny autoencoder. A folder that holds none, or one of other latent channels, is an error that names it."
     autoencoder_config(latent_channels)
-    if weights == "random": vae = new_autoencoder(latent_channels)
-    else:
-        folder = Path(str(files("framer"))) / "weights" / f"autoencoder-{latent_channels}ch" if weights == "bundled" else Path(weights)
-        vae = _read_autoencoder(folder)
-        if vae.config.latent_channels != latent_channels:
-            raise ValueError(f"{folder} holds an autoencoder of {vae.config.latent_channels} latent channels, {latent_channels} expected")
+    if weights == "random": return new_autoencoder(latent_channels).eval().requires_grad_(False)
+    folder = Path(str(files("framer"))) / "weights" / f"autoencoder-{latent_channels}ch" if weights == "bundled" else Path(weights)
+    vae = _read_autoencoder(folder)
+    if vae.config.latent_channels != latent_channels:
+        raise ValueError(f"{folder} holds an autoencoder of {vae.config.latent_channels} latent channels, {latent_channels} expected")
     return vae.float().eval().requires_grad_(False)
 
-# %% ../nbs/09_autoencoder.ipynb #c056
+# %% ../nbs/09_autoencoder.ipynb #c070
 def model_card(latent_channels: int, # 4 or 16
                facts: dict, # what train_autoencoder knows: data, budget, hardware, results
                ) -> str: # markdown

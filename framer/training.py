@@ -7,7 +7,7 @@ Docs: https://framer-sr.github.io/framer/training.html.md"""
 # %% auto #0
 __all__ = ['TrainConfig', 'check_config', 'project_path', 'find_photographs', 'middle', 'validation_pairs', 'step_generator',
            'noise_loss', 'starting_noise', 'bicubic', 'mean_scores', 'Parts', 'build_parts', 'capture', 'restore_parts',
-           'history_terms', 'layers_row', 'read_layers', 'train_step', 'validate', 'averaged_weights',
+           'history_terms', 'layers_row', 'read_layers', 'train_step', 'save_figure', 'validate', 'averaged_weights',
            'checkpoint_bytes', 'Log', 'go_on', 'record_validation', 'after_step', 'quarters', 'finish', 'ends', 'train']
 
 # %% ../nbs/16_training.ipynb #c003
@@ -16,6 +16,7 @@ import importlib.util
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -35,7 +36,7 @@ from .metrics import score
 from .runs import (History, RunFolder, open_run, pack_optimizer, project_root, read_history, rng_state, run_path, set_rng_state, truncate_history,
                          unpack_optimizer)
 
-# %% ../nbs/16_training.ipynb #c005
+# %% ../nbs/16_training.ipynb #c006
 @dataclass
 class TrainConfig:
     "Every parameter of a run. `ValueError` on a value that cannot work, before anything is loaded."
@@ -71,10 +72,10 @@ class TrainConfig:
 
     def __post_init__(self): check_config(self)
 
-# %% ../nbs/16_training.ipynb #c007
+# %% ../nbs/16_training.ipynb #c008
 _CHOICES = dict(backbone=("sd2", "sd3"), scale=("auto", "tiny", "full"), mixed_precision=("no", "bf16", "fp16"), preset=tuple(PRESETS))
 
-# %% ../nbs/16_training.ipynb #c009
+# %% ../nbs/16_training.ipynb #c010
 def check_config(config: "TrainConfig"):
     "Raise `ValueError` naming the parameter, its value and what was expected."
     for name, allowed in _CHOICES.items():
@@ -90,14 +91,14 @@ def check_config(config: "TrainConfig"):
     framer_config(config.framer_options)
     config.run = config.run or f"{config.backbone}-{'tiny' if config.scale == 'auto' else config.scale}-{'framer' if config.framer else 'baseline'}"
 
-# %% ../nbs/16_training.ipynb #c014
+# %% ../nbs/16_training.ipynb #c015
 def project_path(
     path: str,  # absolute, or relative to the project's root
 ) -> Path:
     "A path of the configuration; relative ones start at the project's root, never at the working directory."
     return Path(path) if Path(path).is_absolute() else project_root() / path
 
-# %% ../nbs/16_training.ipynb #c015
+# %% ../nbs/16_training.ipynb #c016
 def find_photographs(
     folder: str,  # of photographs
     size: int,  # smallest side that is wanted, in pixels
@@ -109,7 +110,7 @@ def find_photographs(
     log(f"{len(good)} photographs in {project_path(folder)}" + (f", {len(bad)} left out" if bad else ""))
     return good
 
-# %% ../nbs/16_training.ipynb #c017
+# %% ../nbs/16_training.ipynb #c018
 def middle(
     image: Tensor,  # (3, H, W)
     size: int,  # side of the crop
@@ -118,7 +119,7 @@ def middle(
     top, left = (image.shape[-2] - size) // 2, (image.shape[-1] - size) // 2
     return image[:, top: top + size, left: left + size]
 
-# %% ../nbs/16_training.ipynb #c018
+# %% ../nbs/16_training.ipynb #c019
 def validation_pairs(
     paths: list[Path],  # held-out photographs
     size: int,  # side of the HR crops
@@ -128,7 +129,7 @@ def validation_pairs(
     pairs = [degraded_pair(middle(load_photograph(p), size), preset, seed=k) for k, p in enumerate(paths)]
     return torch.stack([hr for hr, _ in pairs]), torch.stack([lr for _, lr in pairs])
 
-# %% ../nbs/16_training.ipynb #c021
+# %% ../nbs/16_training.ipynb #c022
 def step_generator(
     seed: int,  # of the run
     step: int,  # number of the micro-step
@@ -137,7 +138,7 @@ def step_generator(
     "The source of a micro-step's noise and timesteps."
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 4_099 + rank)
 
-# %% ../nbs/16_training.ipynb #c022
+# %% ../nbs/16_training.ipynb #c023
 def noise_loss(
     backbone,  # `SD2Backbone` or `SD3Backbone`
     batch: dict,  # hr (B, 3, H, W) and lr (B, 3, H/4, W/4) in [0, 1], caption
@@ -152,7 +153,7 @@ def noise_loss(
     prediction = backbone.predict(backbone.objective.add_noise(latents, noise, timesteps), timesteps, condition)
     return F.mse_loss(prediction.float(), backbone.objective.target(latents, noise, timesteps).float())
 
-# %% ../nbs/16_training.ipynb #c027
+# %% ../nbs/16_training.ipynb #c028
 def starting_noise(
     backbone,  # `SD2Backbone` or `SD3Backbone`
     lr: Tensor,  # (N, 3, h, w)
@@ -161,7 +162,7 @@ def starting_noise(
     "The fixed noise from which held-out pictures are restored."
     return torch.randn(len(lr), backbone.latent_channels, lr.shape[-2] // 2, lr.shape[-1] // 2, generator=torch.Generator().manual_seed(seed))
 
-# %% ../nbs/16_training.ipynb #c029
+# %% ../nbs/16_training.ipynb #c030
 def bicubic(
     lr: Tensor,  # (N, 3, h, w) in [0, 1]
     scale: int = 4,
@@ -169,7 +170,7 @@ def bicubic(
     "Plain bicubic enlargement."
     return F.interpolate(lr, scale_factor=scale, mode="bicubic", antialias=False).clamp(0, 1)
 
-# %% ../nbs/16_training.ipynb #c031
+# %% ../nbs/16_training.ipynb #c032
 def mean_scores(
     results: Tensor, references: Tensor,  # (N, 3, H, W) in [0, 1]
     metrics: tuple[str, ...] = ("psnr", "ssim"),
@@ -179,7 +180,7 @@ def mean_scores(
     except ImportError as error: return dict(missing=str(error), per_image=[])
     return dict(**scores.means, per_image=list(scores), protocol=scores.protocol, versions=scores.versions, missing=scores.missing)
 
-# %% ../nbs/16_training.ipynb #c036
+# %% ../nbs/16_training.ipynb #c037
 @dataclass
 class Parts:
     "The moving parts of a run."
@@ -194,7 +195,7 @@ class Parts:
     @property
     def plain_model(self): return self.accelerator.unwrap_model(self.model)
 
-# %% ../nbs/16_training.ipynb #c038
+# %% ../nbs/16_training.ipynb #c039
 def build_parts(
     config: TrainConfig,
     log=print,  # told what was chosen
@@ -216,7 +217,7 @@ def build_parts(
     backbone.model = model
     return Parts(accelerator, backbone, model, framer, optimizer, lr_scheduler, ema)
 
-# %% ../nbs/16_training.ipynb #c040
+# %% ../nbs/16_training.ipynb #c041
 def capture(
     parts: Parts,
 ) -> tuple[dict, dict]:  # tensors by group, and JSON-able state, as `save_checkpoint` takes them
@@ -233,7 +234,7 @@ def capture(
         state["ema"] = ema
     return tensors, state
 
-# %% ../nbs/16_training.ipynb #c043
+# %% ../nbs/16_training.ipynb #c044
 def restore_parts(
     parts: Parts,
     checkpoint,  # `runs.Checkpoint`
@@ -248,7 +249,7 @@ def restore_parts(
     if state["scaler"]: parts.accelerator.scaler.load_state_dict(state["scaler"])
     set_rng_state(tensors["random"], state["random"])
 
-# %% ../nbs/16_training.ipynb #c045
+# %% ../nbs/16_training.ipynb #c046
 def history_terms(
     framer: Framer | None,  # after `loss()`
 ) -> dict:  # means over layers and samples: intra, inter, weights, gates, share of closed HF gates
@@ -258,10 +259,10 @@ def history_terms(
     mean = {k: sum(r[k] for r in rows) / len(rows) for k in ("intra", "inter", "weight_lf", "weight_hf", "gate_lf", "gate_hf", "positive_lf", "positive_hf")}
     return dict(distill_loss=float(framer.terms.loss), **mean, closed_gates_hf=framer.terms.closed_gates()[1])
 
-# %% ../nbs/16_training.ipynb #c047
+# %% ../nbs/16_training.ipynb #c048
 _TERMS = ("positive_lf", "negative_lf", "positive_hf", "negative_hf", "intra", "inter", "weight_lf", "weight_hf", "gate_lf", "gate_hf", "loss")
 
-# %% ../nbs/16_training.ipynb #c048
+# %% ../nbs/16_training.ipynb #c049
 def layers_row(
     step: int,
     framer: Framer,  # after `loss()`
@@ -269,7 +270,7 @@ def layers_row(
     "All terms of all students in one row."
     return dict(step=step, **{f"{k}:{r['layer']}": r[k] for r in framer.terms.means() for k in _TERMS})
 
-# %% ../nbs/16_training.ipynb #c050
+# %% ../nbs/16_training.ipynb #c051
 def read_layers(
     path,  # layers.csv
 ) -> list[dict]:  # rows of step, layer and terms, in forward order; empty where there is no file
@@ -280,7 +281,7 @@ def read_layers(
         rows += [dict(step=wide["step"], layer=l, **{k: wide[f"{k}:{l}"] for k in _TERMS}) for l in layers]
     return rows
 
-# %% ../nbs/16_training.ipynb #c054
+# %% ../nbs/16_training.ipynb #c055
 def train_step(
     parts: Parts,
     batches: list[dict],  # one per micro-step
@@ -304,7 +305,13 @@ def train_step(
     if parts.ema: parts.ema.step(parts.plain_model.parameters())
     return dict({k: sum(r[k] for r in rows) / len(rows) for k in rows[0]}, grad_norm=float(norm), learning_rate=learning_rate)
 
-# %% ../nbs/16_training.ipynb #c056
+# %% ../nbs/16_training.ipynb #c057
+def save_figure(run: RunFolder, figure, name: str):
+    "Write a figure to figures/<name>.png and close it."
+    run.save_figure(figure, name)
+    plt.close(figure)
+
+# %% ../nbs/16_training.ipynb #c059
 def validate(
     parts: Parts,
     run: RunFolder,
@@ -317,10 +324,10 @@ def validate(
     noise = starting_noise(parts.backbone, lr, config.seed)
     with averaged_weights(parts):
         restored, near = (restore(parts.backbone, lr.to(parts.accelerator.device), noise, config.sampling_steps, s).cpu() for s in (1.0, 0.5))
-    run.save_figure(image_grid({"bicubic": list(bicubic(lr)), "from noise": list(restored), "from LR, half-way": list(near), "HR": list(hr)}, 1.4), f"validation-{step:06d}")
+    save_figure(run, image_grid({"bicubic": list(bicubic(lr)), "from noise": list(restored), "from LR, half-way": list(near), "HR": list(hr)}, 1.4), f"validation-{step:06d}")
     return mean_scores(restored, hr), mean_scores(near, hr)
 
-# %% ../nbs/16_training.ipynb #c058
+# %% ../nbs/16_training.ipynb #c061
 class averaged_weights:
     "Within this context the model has its averaged weights and is in evaluation mode."
     def __init__(self, parts: Parts): self.parts = parts
@@ -334,7 +341,7 @@ class averaged_weights:
         if self.parts.ema: self.parts.ema.restore(self.parts.plain_model.parameters())
         self.parts.backbone.model = self.parts.model.train()
 
-# %% ../nbs/16_training.ipynb #c060
+# %% ../nbs/16_training.ipynb #c063
 def checkpoint_bytes(
     parts: Parts,
     keep: int,  # checkpoints kept
@@ -344,7 +351,7 @@ def checkpoint_bytes(
     heads = sum(p.numel() * p.element_size() for p in parts.framer.parameters()) if parts.framer else 0
     return (keep + 1) * (4 * model + 3 * heads) + 50_000_000
 
-# %% ../nbs/16_training.ipynb #c062
+# %% ../nbs/16_training.ipynb #c065
 class Log:
     "The files a run writes as it goes: history.csv, layers.csv, validation.csv, TensorBoard. Cut back to the checkpoint on resuming."
     def __init__(self, run: RunFolder, parts: Parts):
@@ -361,7 +368,7 @@ class Log:
     def close(self):
         self.layers.close(); self.validation.close(); self.accelerator.end_training()
 
-# %% ../nbs/16_training.ipynb #c063
+# %% ../nbs/16_training.ipynb #c066
 def go_on(
     parts: Parts,
     run: RunFolder,
@@ -373,14 +380,14 @@ def go_on(
     restore_parts(parts, checkpoint)
     return checkpoint.step
 
-# %% ../nbs/16_training.ipynb #c066
+# %% ../nbs/16_training.ipynb #c069
 def record_validation(parts: Parts, run: RunFolder, files: Log, pairs, config: TrainConfig, step: int):
     "Validate and write the means to validation.csv."
     scores, near = validate(parts, run, pairs, config, step)
     means = lambda s, suffix: {k + suffix: v for k, v in s.items() if isinstance(v, float)}
     files.validation.append(dict(step=step, **means(scores, ""), **means(near, "_from_lr")))
 
-# %% ../nbs/16_training.ipynb #c068
+# %% ../nbs/16_training.ipynb #c071
 def after_step(parts: Parts, run: RunFolder, files: Log, pairs, config: TrainConfig, row: dict, progress, on_log):
     "Write what is due after a step."
     step, last = row["step"], row["step"] == config.steps
@@ -392,7 +399,7 @@ def after_step(parts: Parts, run: RunFolder, files: Log, pairs, config: TrainCon
     if last or due(config.validate_every): record_validation(parts, run, files, pairs, config, step)
     if last or due(config.checkpoint_every): run.save_checkpoint(step, *capture(parts), keep=config.keep_checkpoints)
 
-# %% ../nbs/16_training.ipynb #c070
+# %% ../nbs/16_training.ipynb #c073
 def quarters(
     images: Tensor,  # (N, C, 2h, 2w)
 ) -> Tensor:  # (4N, C, h, w), the four quarters of an image one after another
@@ -400,7 +407,7 @@ def quarters(
     n, c, h, w = images.shape
     return images.reshape(n, c, 2, h // 2, 2, w // 2).permute(0, 2, 4, 1, 3, 5).reshape(4 * n, c, h // 2, w // 2)
 
-# %% ../nbs/16_training.ipynb #c072
+# %% ../nbs/16_training.ipynb #c075
 def finish(parts: Parts, run: RunFolder, files: Log, pairs, config: TrainConfig, log=print):
     "The end of a run: figures, layer similarities, metrics.json, and the model as diffusers saves it."
     hr, lr = (p.to(parts.accelerator.device) for p in pairs)
@@ -414,11 +421,11 @@ def finish(parts: Parts, run: RunFolder, files: Log, pairs, config: TrainConfig,
                    before={k: rows[0].get(k) for k in ("psnr", "ssim")}, after=scores, after_from_lr=near, noise_loss=ends(files.recent, "noise_loss"),
                    step_seconds_median=float(torch.tensor([r["seconds"] for r in files.recent]).median()), closed_gates_hf=ends(files.recent, "closed_gates_hf"), similarity=similarity)
     run.write_metrics(metrics)
-    run.save_figure(loss_figure(files.recent, config.run), "loss"); run.save_figure(similarity_figure({config.run: similarity}), "similarity")
-    if parts.framer: run.save_figure(layer_figure(read_layers(run.path / "layers.csv"), config.run), "layers")
+    save_figure(run, loss_figure(files.recent, config.run), "loss"); save_figure(run, similarity_figure({config.run: similarity}), "similarity")
+    if parts.framer: save_figure(run, layer_figure(read_layers(run.path / "layers.csv"), config.run), "layers")
     files.close(); log(f"finished: {run.path}")
 
-# %% ../nbs/16_training.ipynb #c074
+# %% ../nbs/16_training.ipynb #c077
 def ends(
     history: list[dict],  # rows of history.csv
     key: str,  # a column
@@ -429,7 +436,7 @@ def ends(
     n = max(1, round(len(values) * share))
     return dict(first=sum(values[:n]) / n, last=sum(values[-n:]) / n) if values else None
 
-# %% ../nbs/16_training.ipynb #c077
+# %% ../nbs/16_training.ipynb #c080
 def train(
     config: TrainConfig,
     on_log=None,  # called with all rows of history.csv so far, every `log_layers_every` steps
