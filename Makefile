@@ -28,7 +28,7 @@ $(BIN)/python:
 
 # what `make train` and `make lab` need; installed anew only when the packaging changed
 $(VENV)/.train: $(PACKAGING) | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check -e '.[train,notebooks]'
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[train,eval,notebooks]'
 	@touch $@
 
 $(VENV)/.dev: $(PACKAGING) | $(BIN)/python
