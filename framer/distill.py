@@ -6,7 +6,7 @@ Docs: https://framer-sr.github.io/framer/distill.html.md"""
 
 # %% auto #0
 __all__ = ['FramerConfig', 'framer_config', 'choose_teacher', 'choose_negatives', 'Bands', 'measure', 'LayerTerms', 'band_terms',
-           'layer_terms', 'Distillation', 'distillation', 'same_size', 'AlignedFeatures', 'Framer']
+           'layer_terms', 'Distillation', 'distillation', 'same_size', 'AlignedFeatures', 'SeededDraws', 'Framer']
 
 # %% ../nbs/05_distill.ipynb #c003
 import dataclasses, difflib, warnings
@@ -356,14 +356,23 @@ class AlignedFeatures(nn.Module):
             return self.heads([m.to(maps[-1].dtype) for m in maps[:-1]], maps[-1].shape[-2:]) + maps[-1:]
 
 # %% ../nbs/05_distill.ipynb #c075
+class SeededDraws(nn.Module):
+    "A CPU generator that a state_dict carries, as a tensor."
+    def __init__(self, seed: int):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def get_extra_state(self) -> Tensor: return self.generator.get_state()
+    def set_extra_state(self, state: Tensor): self.generator.set_state(state.cpu())
+
+# %% ../nbs/05_distill.ipynb #c078
 class Framer(AlignedFeatures):
     "FRAMER on a model (Eq. 10). Its parameters are the heads', never the model's. Make one with `Framer.attach`."
     def __init__(self, model: nn.Module, taps: Taps, config: FramerConfig):
         choose_teacher(len(taps.names), config)  # enough layers?
         super().__init__(model, taps, config)
         self.terms: Distillation | None = None
-        self.generator = torch.Generator().manual_seed(config.seed)
-        self.register_buffer("generator_state", self.generator.get_state())
+        self.draws = SeededDraws(config.seed)
 
     @classmethod
     def attach(cls,
@@ -378,7 +387,7 @@ class Framer(AlignedFeatures):
 
     def loss(self) -> Tensor:
         "The distillation term for the last recorded call (scalar); `terms` then holds its parts. `RuntimeError` when nothing was recorded."
-        result = distillation(self.features(), self.config, generator=self.generator, names=self.taps.names)
+        result = distillation(self.features(), self.config, generator=self.draws.generator, names=self.taps.names)
         self.terms = result.detach()
         self.recorder.clear()
         return result.loss
@@ -393,12 +402,3 @@ class Framer(AlignedFeatures):
 
     def __enter__(self): return self
     def __exit__(self, *exc): self.detach()
-
-    def state_dict(self, *args, **kwargs):
-        self.generator_state.copy_(self.generator.get_state())
-        return super().state_dict(*args, **kwargs)
-
-    def load_state_dict(self, state_dict, *args, **kwargs):
-        result = super().load_state_dict(state_dict, *args, **kwargs)
-        self.generator.set_state(self.generator_state.cpu())
-        return result

@@ -196,7 +196,7 @@ def test_what_is_imported_is_declared(path):
     settings = configparser.ConfigParser(delimiters=["="]); settings.read(ROOT / "settings.ini", encoding="utf-8")
     declared = {re.split(r"[<>=!~\[;]", r)[0].lower() for k, v in settings["DEFAULT"].items() if k.endswith("requirements") and k != "dev_requirements" for r in v.split()}
     code = [path.read_text()] if path.suffix == ".py" else [plain_python(c) for c in cells(path) if c["cell_type"] == "code"]
-    used = {{"PIL": "pillow", "IPython": "ipython"}.get(m, m) for c in code for m in outside(c)}
+    used = {{"PIL": "pillow", "IPython": "ipython", "matplotlib_inline": "matplotlib-inline"}.get(m, m) for c in code for m in outside(c)}
     assert used - declared == set(), "imported, but in no extra of settings.ini"
 
 
