@@ -6,7 +6,8 @@ Docs: https://framer-sr.github.io/framer/distill.html.md"""
 
 # %% auto #0
 __all__ = ['FramerConfig', 'framer_config', 'choose_teacher', 'choose_negatives', 'Bands', 'measure', 'LayerTerms', 'band_terms',
-           'layer_terms', 'Distillation', 'distillation', 'same_size', 'AlignedFeatures', 'SeededDraws', 'Framer']
+           'layer_terms', 'Distillation', 'distillation', 'same_size', 'worth_fitting', 'AlignedFeatures',
+           'SeededDraws', 'Framer']
 
 # %% ../nbs/05_distill.ipynb #c003
 import dataclasses, difflib, warnings
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from .heads import AlignmentHeads, fit_heads
 from .hooks import Recorder, Taps, find_taps
-from .losses import band_mse, inter_cl, intra_cl, inverse_norm, others
+from .losses import at_least, band_mse, inter_cl, intra_cl, inverse_norm, others
 from .masks import band_masks, band_vector, half_counts, half_spectrum, split_bands
 from .modulation import fam, faw, mean_magnitude, relative_difference
 
@@ -31,8 +32,12 @@ def _check_choices(config):
     for name, allowed in _CHOICES.items():
         if getattr(config, name) not in allowed:
             raise ValueError(f"FramerConfig({name}={getattr(config, name)!r}): expected one of {', '.join(map(repr, allowed))}")
-    if not (isinstance(config.radius, (int, float)) and config.radius >= 0):
-        raise ValueError(f"FramerConfig(radius={config.radius!r}): expected a number >= 0, in fractions of Nyquist")
+    for field in dataclasses.fields(config):
+        value, kind = getattr(config, field.name), type(field.default)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
+        if kind is bool and not isinstance(value, bool): raise ValueError(f"FramerConfig({field.name}={value!r}): expected True or False")
+        if kind is float and not number: raise ValueError(f"FramerConfig({field.name}={value!r}): expected a number >= 0; YAML reads 1e-2 as text, so write 0.01")
+        if kind is int and not (number and isinstance(value, int)): raise ValueError(f"FramerConfig({field.name}={value!r}): expected a whole number >= 0")
 
 # %% ../nbs/05_distill.ipynb #c007
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ def measure(
     vectors = [band_vector(x, m) for m in (low, high)]
     energies = [v.square().sum(1) for v in vectors]
     total = energies[0] + energies[1]
-    floor = total.detach() * (8 * torch.finfo(total.dtype).eps) ** 2
+    floor = at_least(total.detach() * (8 * torch.finfo(total.dtype).eps) ** 2, total)
     half, counts = slice(None, x.shape[-1]), half_counts(width, x.device)
     means = [mean_magnitude(x, m[:, half], counts, config.eps) * (e > floor) for m, e in zip((low, high), energies)]
     return Bands(*vectors, *(inverse_norm(e, floor) for e in energies), *means, total.detach())
@@ -147,15 +152,20 @@ def _gather(x: Tensor) -> tuple[Tensor, int]:
     return torch.cat(parts), sum(sizes[: dist.get_rank()])
 
 # %% ../nbs/05_distill.ipynb #c026
-def _in_batch(vector: Tensor, scale: Tensor, source: Tensor, source_scale: Tensor, gather: bool) -> Tensor | None:
-    "Similarities of each sample to every other image's map, (B, N), own entry -inf; None when there is no other image."
-    first = 0
-    if gather and _world() > 1:
-        (source, first), (source_scale, _) = _gather(source), _gather(source_scale)
-    if len(source) < 2: return None
-    return others((vector @ source.T) * scale[:, None] * source_scale[None, :], first)
+def _source(vector: Tensor, scale: Tensor, gather: bool) -> tuple[Tensor, Tensor, int]:
+    "Vectors and reciprocal lengths that serve as in-batch negatives, of all processes where asked, and the index of this one's first."
+    if not gather or _world() < 2: return vector, scale, 0
+    rows, first = _gather(torch.cat([vector, scale[:, None]], 1))  # one collective for both
+    return rows[:, :-1], rows[:, -1], first
 
-# %% ../nbs/05_distill.ipynb #c030
+# %% ../nbs/05_distill.ipynb #c027
+def _in_batch(vector: Tensor, scale: Tensor, source: tuple[Tensor, Tensor, int]) -> Tensor | None:
+    "Similarities of each sample to every other image's map, (B, N), own entry -inf; None when there is no other image."
+    others_vector, others_scale, first = source
+    if len(others_vector) < 2: return None
+    return others((vector @ others_vector.T) * scale[:, None] * others_scale[None, :], first)
+
+# %% ../nbs/05_distill.ipynb #c031
 @dataclass
 class LayerTerms:
     "What one student contributed, each (B,): similarities, losses (before weights), weights (Eq. 5) and gates (Eq. 7)."
@@ -177,16 +187,17 @@ class LayerTerms:
         "Eq. 9 per sample, (B,)."
         return self.weight_lf * self.gate_lf * self.intra + self.weight_hf * self.gate_hf * self.inter
 
-# %% ../nbs/05_distill.ipynb #c031
+# %% ../nbs/05_distill.ipynb #c032
 def _band(b: Bands, band: str) -> tuple[Tensor, Tensor]:
     return getattr(b, band), getattr(b, f"scale_{band}")
 
-# %% ../nbs/05_distill.ipynb #c032
+# %% ../nbs/05_distill.ipynb #c033
 def band_terms(
     student: Bands, teacher: Bands, negative: Bands,
     band: str,  # "low" or "high"
     config: FramerConfig,
     elements: int,  # C * H * W of the maps
+    source=None,  # the teacher's in-batch negatives where they are at hand (`_source`), else they are made here
 ) -> tuple[Tensor, Tensor, Tensor]:  # s+, s- and the loss of this band, each (B,)
     "One band of one student: Eq. 1, Eq. 2 or squared error, as `config` says."
     (v, s), (t, ts), (n, ns) = (_band(b, band) for b in (student, teacher, negative))
@@ -195,10 +206,10 @@ def band_terms(
     if kind is None or (band == "high" and not config.frequency_split): return plus, minus, torch.zeros_like(plus)
     if config.loss == "mse": return plus, minus, band_mse(v, t, elements)
     if kind == "intra": return plus, minus, intra_cl(plus, minus)
-    source = (t, ts) if config.in_batch == "teacher" else (v, s) if config.target_grad else (v.detach(), s.detach())
-    return plus, minus, inter_cl(plus, minus, _in_batch(v, s, *source, config.gather))
+    if config.in_batch == "student": source = _source(*(x if config.target_grad else x.detach() for x in (v, s)), config.gather)
+    return plus, minus, inter_cl(plus, minus, _in_batch(v, s, source or _source(t, ts, config.gather)))
 
-# %% ../nbs/05_distill.ipynb #c033
+# %% ../nbs/05_distill.ipynb #c034
 def _weights(student: Bands, teacher: Bands, config: FramerConfig) -> tuple[Tensor, Tensor]:
     "w_LF and w_HF of one student (Eq. 4-5); 1 without FAW or without a split."
     one = torch.ones_like(student.mean_low)
@@ -206,18 +217,18 @@ def _weights(student: Bands, teacher: Bands, config: FramerConfig) -> tuple[Tens
     if not config.faw_grad: student = student.detach()
     return faw(relative_difference(teacher.mean_low, student.mean_low, config.eps), relative_difference(teacher.mean_high, student.mean_high, config.eps))
 
-# %% ../nbs/05_distill.ipynb #c034
+# %% ../nbs/05_distill.ipynb #c035
 def layer_terms(
     student: Bands, teacher: Bands, negative: Bands,  # of one layer each; the last two as constants unless target_grad
-    config: FramerConfig, elements: int, layer=0, negative_layer=0,
+    config: FramerConfig, elements: int, layer=0, negative_layer=0, sources: dict = {},
 ) -> LayerTerms:
-    "Everything Eq. 9 needs of one student."
-    plus_lf, minus_lf, intra = band_terms(student, teacher, negative, "low", config, elements)
-    plus_hf, minus_hf, inter = band_terms(student, teacher, negative, "high", config, elements)
+    "Everything Eq. 9 needs of one student; `sources` holds the teacher's in-batch negatives per band, gathered once a step."
+    plus_lf, minus_lf, intra = band_terms(student, teacher, negative, "low", config, elements, sources.get("low"))
+    plus_hf, minus_hf, inter = band_terms(student, teacher, negative, "high", config, elements, sources.get("high"))
     gates = (fam(plus_lf), fam(plus_hf)) if config.fam else (torch.ones_like(plus_lf),) * 2
     return LayerTerms(layer, negative_layer, plus_lf, minus_lf, plus_hf, minus_hf, intra, inter, *_weights(student, teacher, config), *gates)
 
-# %% ../nbs/05_distill.ipynb #c036
+# %% ../nbs/05_distill.ipynb #c037
 @dataclass
 class Distillation:
     "The distillation term of Eq. 10 and what it is made of."
@@ -233,13 +244,14 @@ class Distillation:
     def means(self) -> list[dict]:
         "One dictionary per student: its name and the batch means of all its terms and of its loss."
         names = [f.name for f in dataclasses.fields(LayerTerms)][2:] + ["loss"]
-        return [dict(layer=l.layer, **{k: float(getattr(l, k).detach().mean()) for k in names}) for l in self.layers]
+        table = torch.stack([torch.stack([getattr(l, k).detach().mean() for k in names]) for l in self.layers]).tolist()  # one synchronisation
+        return [dict(layer=l.layer, **dict(zip(names, row))) for l, row in zip(self.layers, table)]
 
     def closed_gates(self) -> tuple[float, float]:
         "Share of LF and HF gates that are exactly 0, over students and samples."
         return tuple(float(torch.stack([getattr(l, k) for l in self.layers]).eq(0).float().mean()) for k in ("gate_lf", "gate_hf"))
 
-# %% ../nbs/05_distill.ipynb #c037
+# %% ../nbs/05_distill.ipynb #c038
 def _check_features(features, names):
     if not all(isinstance(f, Tensor) and f.ndim == 4 for f in features):
         raise ValueError(f"features: expected a list of (B, C, H, W) tensors, got {[tuple(getattr(f, 'shape', ())) or type(f).__name__ for f in features]}")
@@ -248,7 +260,7 @@ def _check_features(features, names):
             raise ValueError(f"layer {name} is {tuple(f.shape)} and the last layer {tuple(features[-1].shape)}: expected equal shapes; "
                              "align them first (heads.AlignmentHeads; Framer does it by itself)")
 
-# %% ../nbs/05_distill.ipynb #c038
+# %% ../nbs/05_distill.ipynb #c039
 def _check_finite(features, bands, names):
     "Raise naming the first layer with NaN or inf. One look at the energies, so one synchronisation for all layers."
     if torch.stack([b.energy for b in bands]).isfinite().all(): return
@@ -258,7 +270,7 @@ def _check_finite(features, bands, names):
             raise FloatingPointError(f"layer {name}: {bad or 'no'} of {f.numel()} feature values are NaN or inf (their energy overflows float32); "
                                      "the distillation loss would be NaN. Lower the learning rate, clip gradients, or train in bf16 instead of fp16")
 
-# %% ../nbs/05_distill.ipynb #c039
+# %% ../nbs/05_distill.ipynb #c040
 def distillation(
     features: list[Tensor],  # (B, C, H, W) of every layer in forward order, equal shapes, any float dtype; the last is the teacher
     config: FramerConfig | None = None,  # None: the paper's method
@@ -279,17 +291,19 @@ def distillation(
         bands = [measure(f, config) for f in features]
         _check_finite(features, bands, names)
         constant = [b if config.target_grad else b.detach() for b in bands]
-        layers = [layer_terms(bands[i], constant[teacher], constant[j], config, features[0][0].numel(), names[i], names[j]) for i, j in zip(students, negatives)]
+        sources = {b: _source(*_band(constant[teacher], b), config.gather) for b in ("low", "high") if getattr(config, b) == "inter" and uses_batch and config.in_batch == "teacher"}
+        layers = [layer_terms(bands[i], constant[teacher], constant[j], config, features[0][0].numel(), names[i], names[j], sources) for i, j in zip(students, negatives)]
         loss = config.weight * torch.stack([l.loss.mean() for l in layers]).sum()
     return Distillation(loss, layers, names[teacher])
 
-# %% ../nbs/05_distill.ipynb #c040
+# %% ../nbs/05_distill.ipynb #c041
 def _given(negatives, students):
+    if len(negatives) != len(students): raise ValueError(f"negatives: got {len(negatives)}, expected one for each of the {len(students)} students")
     for i, j in zip(students, negatives, strict=True):
         if j not in students or j == i: raise ValueError(f"negatives: student {i} got {j}; expected another student, one of {[s for s in students if s != i]}")
     return list(negatives)
 
-# %% ../nbs/05_distill.ipynb #c068
+# %% ../nbs/05_distill.ipynb #c069
 class _AverageGradients:
     "Average the gradients of `parameters` over processes once, at the end of a backward pass; does nothing in a single process."
     def __init__(self, parameters):
@@ -310,12 +324,12 @@ class _AverageGradients:
     def remove(self):
         for h in self.handles: h.remove()
 
-# %% ../nbs/05_distill.ipynb #c069
+# %% ../nbs/05_distill.ipynb #c070
 def _all_sum(x: Tensor) -> Tensor:
     if _world() > 1: x = x.clone(); dist.all_reduce(x)
     return x
 
-# %% ../nbs/05_distill.ipynb #c071
+# %% ../nbs/05_distill.ipynb #c072
 def same_size(
     maps: list[Tensor],  # (B, C_i, h_i, w_i) in forward order, the last is the teacher's
     names: list[str],  # of the layers, for the message
@@ -326,7 +340,19 @@ def same_size(
     size = maps[-1].shape[-2:]
     return [m if m.shape[-2:] == size else F.interpolate(m, size=tuple(size), mode="bilinear", align_corners=False) for m in maps]
 
-# %% ../nbs/05_distill.ipynb #c073
+# %% ../nbs/05_distill.ipynb #c075
+@torch.no_grad()
+def worth_fitting(maps: list[Tensor], names: list[str]) -> bool:
+    "Is there a teacher to fit heads to? `FloatingPointError` naming the layer that holds NaN or inf."
+    bad = torch.stack([(~m.isfinite()).sum() for m in maps]).double()
+    energy = maps[-1].double().square().sum()
+    total = _all_sum(torch.stack([bad.sum(), torch.where(bad[-1] > 0, 0.0, energy)]))
+    if total[0] > 0:
+        where = ", ".join(f"layer {n}: {int(k)} of {m.numel()}" for n, k, m in zip(names, bad.tolist(), maps) if k) or "a map of another process"
+        raise FloatingPointError(f"{where} feature values are NaN or inf in the batch that the heads would be fitted to. Look at the data and the model's weights, or train in bf16 instead of fp16")
+    return bool(total[1] > 0)
+
+# %% ../nbs/05_distill.ipynb #c077
 class AlignedFeatures(nn.Module):
     "Recorded maps of a model's layers in the teacher's shape: hooks, and heads where widths or sizes differ. The model is not a child of this module."
     def __init__(self,
@@ -349,13 +375,13 @@ class AlignedFeatures(nn.Module):
         "(B, C, H, W) of every layer, all in the teacher's shape; the first call fits the heads. `RuntimeError` when nothing was recorded."
         maps = self.recorder.features
         if self.heads is None: return same_size(maps, self.taps.names)
-        if not self.fitted:
+        if not self.fitted and worth_fitting(maps, self.taps.names):
             fit_heads(self.heads, [m.detach() for m in maps[:-1]], maps[-1].detach(), lambda x: split_bands(x, self.config.radius), reduce=_all_sum)
             self.fitted.fill_(True)
         with torch.autocast(maps[-1].device.type, enabled=False):
             return self.heads([m.to(maps[-1].dtype) for m in maps[:-1]], maps[-1].shape[-2:]) + maps[-1:]
 
-# %% ../nbs/05_distill.ipynb #c075
+# %% ../nbs/05_distill.ipynb #c079
 class SeededDraws(nn.Module):
     "A CPU generator that a state_dict carries, as a tensor."
     def __init__(self, seed: int):
@@ -365,7 +391,7 @@ class SeededDraws(nn.Module):
     def get_extra_state(self) -> Tensor: return self.generator.get_state()
     def set_extra_state(self, state: Tensor): self.generator.set_state(state.cpu())
 
-# %% ../nbs/05_distill.ipynb #c078
+# %% ../nbs/05_distill.ipynb #c082
 class Framer(AlignedFeatures):
     "FRAMER on a model (Eq. 10). Its parameters are the heads', never the model's. Make one with `Framer.attach`."
     def __init__(self, model: nn.Module, taps: Taps, config: FramerConfig):

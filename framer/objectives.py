@@ -47,6 +47,7 @@ class NoisePrediction:
     def sample(self, predict, noise: Tensor, steps: int = 10, start: Tensor | None = None, strength: float = 1.0) -> Tensor:
         "Clean latents from `noise` (B, C, h, w) in `steps` DDIM steps; with `start`, from that latent made noisy `strength` of the way."
         check_walk(steps, strength)
+        if steps / strength > 1000: raise ValueError(f"steps={steps} with strength={strength}: expected steps / strength up to 1000, the length of the schedule")
         self.noise_scheduler.set_timesteps(round(steps / strength) if start is not None else steps, device=noise.device)
         timesteps = self.noise_scheduler.timesteps[-steps:]
         latents = noise if start is None else self.add_noise(start, noise, timesteps[:1].expand(len(noise)))

@@ -40,11 +40,12 @@ def from_notebook(
 ):  # an instance of `cls`
     "The notebook's parameters as a `cls`. `TypeError` for a name that `cls` does not have (with the nearest that it has) or a value of another type."
     hints, given = get_type_hints(cls), plain_names(namespace)
+    first = namespace.setdefault("_parameters_at_first", set(given))
     for name, value in given.items():
-        if name not in hints:
+        if name not in hints and (name in first or difflib.get_close_matches(name, hints, 1, 0.8)):
             near = difflib.get_close_matches(name, hints, 1)
             raise TypeError(f"unknown parameter {name!r} (given as {value!r}): " + (f"did you mean {near[0]!r}? " if near else "") + f"The parameters are {', '.join(hints)}")
-        if not fits(value, hints[name]):
+        elif name in hints and not fits(value, hints[name]):
             kind = getattr(hints[name], "__name__", str(hints[name]))
             way = "; papermill reads True and False, with a capital letter, as booleans" if hints[name] is bool else ""
             raise TypeError(f"parameter {name} is {value!r} ({type(value).__name__}): expected {kind}{way}")

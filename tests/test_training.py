@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -20,14 +19,8 @@ QUICK = dict(steps=9, size=64, batch_size=2, validation_size=64, sampling_steps=
              log_layers_every=2, tensorboard=False, data=str(ROOT / "data/photographs/train"), validation_data=str(ROOT / "data/photographs/val"))
 
 
-def script(before="", **config):
-    return textwrap.dedent(f"""
-        import torch
-        torch.set_num_threads(1)
-        from framer.training import TrainConfig, train
-        {before}
-        train(TrainConfig(**{dict(QUICK, **config)!r}))
-    """)
+def script(before="", after="", **config):
+    return "\n".join(["import torch", "torch.set_num_threads(1)", "from framer.training import TrainConfig, train", before, f"train(TrainConfig(**{dict(QUICK, **config)!r}))", after])
 
 
 def start(root, before="", **config):
@@ -164,13 +157,24 @@ def test_no_network_is_needed(tmp_path):
 
 
 def test_two_processes_train_one_model(tmp_path):
-    "accelerate's launcher on two CPU processes: one history, and both processes end with the same weights."
+    "Two CPU processes (gloo): one history, and both end with the same weights, heads and average."
     program = tmp_path / "two.py"
-    program.write_text(script(before="", run="two", steps=3) + textwrap.dedent("""
-        """))
+    keep = "import framer.training as t; old, kept = t.go_on, []; t.go_on = lambda parts, *a: (kept.append(parts), old(parts, *a))[1]"
+    tell = ("p = kept[0]; sums = [float(sum(x.double().sum() for x in xs)) for xs in (p.plain_model.parameters(), p.framer.parameters(), p.ema.shadow_params)]; "
+            "open(f'ends-{p.accelerator.process_index}.txt', 'w').write(f'{p.accelerator.num_processes} {sums}')")
+    program.write_text(script(keep, tell, run="two", steps=3, framer_options=dict(teacher="random"), log_layers_every=1))
     env = dict(os.environ, FRAMER_ROOT=str(tmp_path), OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), ACCELERATE_USE_CPU="true")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(program)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
     done = subprocess.run(command, env=env, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    ends = [(tmp_path / f"ends-{rank}.txt").read_text() for rank in (0, 1)]
+    assert ends[0] == ends[1] and ends[0].startswith("2 "), ends
     run = tmp_path / "reports" / "two"
     assert [r["step"] for r in read_history(run)] == [1, 2, 3] and (run / "model" / "config.json").exists()
+
+
+def test_photographs_of_a_resumed_run_are_the_same(photographs, tmp_path):
+    finish(start(tmp_path, run="r", data=str(photographs), steps=1))
+    sorted(photographs.glob("*.jpg"))[0].unlink()
+    out = finish(start(tmp_path, run="r", data=str(photographs), steps=2, resume=True), expect=1)
+    assert "photographs" in out and "given 2, recorded 3" in out
