@@ -113,7 +113,7 @@ def find_photographs(
     "Usable photographs of a folder, sorted; the others are reported. An empty or missing folder is an error."
     good, bad = scan_photographs(project_path(folder), size)
     for path, reason in bad.items(): log(f"left out: {path}: {reason}")
-    log(f"{len(good)} photographs in {project_path(folder)}" + (f", {len(bad)} left out" if bad else ""))
+    log(f"{len(good)} photographs in {folder}" + (f", {len(bad)} left out" if bad else ""))
     return good
 
 # %% ../nbs/16_training.ipynb #c018
