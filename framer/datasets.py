@@ -223,7 +223,7 @@ def draw(
         raise IndexError(f"index={index}: there are {len(self)} photographs, 0 to {len(self) - 1}")
     generator = _generator(self.seed, index, epoch)
     with _one_thread():
-        hr, lr = degrade(self._crop(index, generator), self.preset, generator, self.scale)
+        hr, lr = degrade(self._crop(index, generator), self.preset, self.seed, index, epoch, self.scale)
     return dict(hr=hr, lr=lr, caption="", index=index)
 
 PairDataset.draw = draw
@@ -288,4 +288,4 @@ def degraded_pair(
 ) -> tuple[Tensor, Tensor]:  # hr (sharpened where the preset says so) and lr, float32 in [0, 1]
     "One fixed pair: a pure function of its arguments. Raises `ValueError` as `degrade` does."
     with _one_thread():
-        return degrade(hr, preset, _generator(seed), scale)
+        return degrade(hr, preset, seed, scale=scale)
