@@ -8,54 +8,29 @@ Docs: https://framer-sr.github.io/framer/sd3.html.md"""
 __all__ = ['tiny_mmdit_config', 'SD3Backbone', 'zero_gates', 'tiny_sd3']
 
 # %% ../nbs/12_sd3.ipynb #c003
-from pathlib import Path
 import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
-from .autoencoder import decode, encode, load_autoencoder
 from .objectives import FlowMatching
-from .sd2 import enlarged_latents
+from .scales import NullText, TINY, new_model
+from .sd2 import ConcatBackbone
 
 # %% ../nbs/12_sd3.ipynb #c005
 def tiny_mmdit_config() -> dict:
-    "Arguments of `SD3Transformer2DModel` at tiny size; 16 noisy + 16 LR channels in, 16 out; position table for latents up to 192x192 (1536 px)."
-    return dict(sample_size=16, patch_size=2, in_channels=32, out_channels=16, num_layers=8, attention_head_dim=32, num_attention_heads=4, joint_attention_dim=32,
-                caption_projection_dim=128, pooled_projection_dim=32, pos_embed_max_size=96, qk_norm="rms_norm", dual_attention_layers=(0, 1, 2, 3))
+    "Arguments of `SD3Transformer2DModel` at tiny size; 16 noisy + 16 LR channels in, 16 out."
+    return dict(TINY["sd3"]["transformer"], in_channels=32)
 
 # %% ../nbs/12_sd3.ipynb #c008
-class SD3Backbone:
-    "MM-DiT with LR latents concatenated to the noisy latents, flow matching. Only `model` trains."
-    family, latent_channels, scale_factor = "sd3", 16, 8
+class SD3Backbone(ConcatBackbone):
+    "MM-DiT with LR latents concatenated to the noisy latents, flow matching (Algorithm 1)."
+    family, part, latent_channels, objective_class = "sd3", "transformer", 16, FlowMatching
 
-    def __init__(self, model: SD3Transformer2DModel, vae=None, why: str = ""):  # MM-DiT; frozen autoencoder (None: the bundled one); why this size
-        self.model, self.why = model, why
-        self.vae, self.objective = vae or load_autoencoder(self.latent_channels), FlowMatching()
-        self.null_text, self.null_pooled = torch.zeros(1, 1, model.config.joint_attention_dim), torch.zeros(1, model.config.pooled_projection_dim)
-
-    def to(self, device):
-        "Move model and autoencoder; returns the backbone."
-        self.model.to(device); self.vae.to(device)
-        self.null_text, self.null_pooled = self.null_text.to(device), self.null_pooled.to(device)
-        return self
-
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor: return encode(self.vae, images)  # (B, 3, H, W) in [-1, 1] -> (B, 16, H/8, W/8)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor: return decode(self.vae, latents)  # the inverse
-
-    def condition(self, lr: Tensor, hr_size: tuple[int, int], caption=None) -> dict:
-        "What `predict` needs beside latents and timesteps: `lr_latents`, `encoder_hidden_states`, `pooled_projections` (fixed null embeddings)."
-        return dict(lr_latents=enlarged_latents(self.vae, lr, hr_size), encoder_hidden_states=self.null_text.expand(len(lr), -1, -1), pooled_projections=self.null_pooled.expand(len(lr), -1))
+    def null_text(self): return NullText(self.model.config.joint_attention_dim, self.model.config.pooled_projection_dim)
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, condition: dict) -> Tensor:
         "Predicted velocity noise - latents, (B, 16, h, w)."
         x = torch.cat([noisy_latents, condition["lr_latents"]], 1)
         return self.model(x, encoder_hidden_states=condition["encoder_hidden_states"], pooled_projections=condition["pooled_projections"], timestep=timesteps).sample
-
-    def save_pretrained(self, folder: str | Path):
-        "Write the model as diffusers does: exactly its own keys, whether FRAMER trained it or not."
-        getattr(self.model, "module", self.model).save_pretrained(folder, safe_serialization=True)
 
 # %% ../nbs/12_sd3.ipynb #c010
 def zero_gates(
@@ -71,10 +46,10 @@ def zero_gates(
 def tiny_sd3(
     seed: int = 0,  # of the weights
     why: str = "",  # why this size was chosen
+    scale: str = "tiny",  # "full" is the size of Stable Diffusion 3.5-medium
+    **options,  # of `SD3Backbone`
 ) -> SD3Backbone:
-    "A tiny MM-DiT with random weights, started as adaLN-zero: its first prediction is zero."
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = SD3Transformer2DModel(**tiny_mmdit_config())
+    "An MM-DiT with random weights, started as adaLN-zero: its first prediction is zero."
+    model = new_model("sd3", "transformer", scale, seed, in_channels=32)
     zero_gates(model)
-    return SD3Backbone(model, why=why)
+    return SD3Backbone(model, why=why, **options)
