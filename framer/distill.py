@@ -365,7 +365,7 @@ class AlignedFeatures(nn.Module):
         if taps.multiscale and None in taps.channels:
             unknown = [n for n, c in zip(taps.names, taps.channels) if c is None]
             raise ValueError(f"the width of {', '.join(unknown)} cannot be read off: pass channels=, a dictionary from layer name to width, so that heads can be made")
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        device = next((p.device for p in taps.model.parameters()), torch.device("cpu"))
         self.heads = AlignmentHeads(taps.channels[:-1], taps.channels[-1]).to(device) if taps.multiscale else None
         self.register_buffer("fitted", torch.tensor(self.heads is None or config.head_init == "random"))
         self.sync = _AverageGradients(self.parameters())
@@ -402,7 +402,7 @@ class Framer(AlignedFeatures):
 
     @classmethod
     def attach(cls,
-        model: nn.Module,  # a diffusers U-Net or SD3 transformer, or any model with `layers` named; wrapped by DDP or `torch.compile` or not
+        model: nn.Module,  # a diffusers U-Net or SD3 transformer, one of this package's backbones, or any model with `layers` named; wrapped by DDP or `torch.compile` or not
         config: FramerConfig | None = None,  # None: the paper's method
         layers: list[str] | None = None,  # names or regular expressions of the layers to tap, for a model that is not known
         to_map=None,  # to_map(output, name) -> (B, C, H, W), for a layer whose output is not a map

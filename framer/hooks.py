@@ -36,7 +36,6 @@ _WRAPPERS = {
     "DistributedDataParallel": lambda m: m.module, "DataParallel": lambda m: _on_one_device(m).module,
     "FullyShardedDataParallel": lambda m: m.module, "DeepSpeedEngine": lambda m: m.module,
     "PeftModel": lambda m: m.get_base_model(), "BaseTuner": lambda m: m.model,
-    "SD2Backbone": lambda m: m.model, "SD3Backbone": lambda m: m.model,  # this package's
 }
 
 # %% ../nbs/04_hooks.ipynb #c023
@@ -47,6 +46,7 @@ def unwrap(
     wrapper = next((_WRAPPERS[name] for name in class_names(model) if name in _WRAPPERS), None)
     if wrapper is not None: return unwrap(wrapper(model))
     if isinstance(model, nn.Module): return model
+    if isinstance(getattr(model, "model", None), nn.Module): return unwrap(model.model)
     raise TypeError(f"a torch.nn.Module was expected, not {type(model).__name__}; pass the network itself, such as pipeline.unet or pipeline.transformer")
 
 # %% ../nbs/04_hooks.ipynb #c026
@@ -105,6 +105,7 @@ def sd3_layers(
 # %% ../nbs/04_hooks.ipynb #c041
 def image_tokens(
     patch_size: int,  # latent pixels along the side of a patch
+    map_tokens: Callable | None = None,  # (h, w) -> slice of the image tokens that fill the grid; None: there are no others
 ) -> Callable:  # to_map(output, name, inputs_hw) -> (B, C, h, w)
     "How to read a block of an MM-DiT: its image tokens, laid out on the grid that follows from the model's input. Raises ValueError if no tensor fits the grid."
     def to_map(output, name, inputs_hw):
@@ -112,20 +113,21 @@ def image_tokens(
         tokens = [x for x in parts if isinstance(x, Tensor) and x.ndim == 3]
         if not tokens or inputs_hw is None: return first_map(output, name)
         h, w = inputs_hw[0] // patch_size, inputs_hw[1] // patch_size
+        if map_tokens is not None: return tokens_to_map(tokens[-1][:, map_tokens(h, w)], (h, w))  # the image is the last of (text, image)
         fitting = [x for x in tokens if x.shape[1] == h * w]
-        if fitting: return tokens_to_map(fitting[-1], (h, w))  # the image is the last of (text, image)
+        if fitting: return tokens_to_map(fitting[-1], (h, w))
         raise ValueError(f"layer {name!r} returned {[tuple(x.shape) for x in tokens]}, but the image's grid is {h} x {w} = {h * w} tokens; if other tokens are joined to them, "
-                         "pass to_map=f with f(output, name) -> (B, C, h, w)")
+                         "give the model a method map_tokens(h, w) that returns their slice, or pass to_map=f with f(output, name) -> (B, C, h, w)")
     return to_map
 
-# %% ../nbs/04_hooks.ipynb #c044
+# %% ../nbs/04_hooks.ipynb #c045
 def _close_names(known: list[str], wanted: str) -> str:
     "For an error: the names most like `wanted`."
     inside = [n for n in known if n and re.search(wanted, n)]
     close = list(dict.fromkeys(difflib.get_close_matches(wanted, known, n=5, cutoff=0.4) + inside[:5]))
     return f"close to it: {', '.join(close)}" if close else f"the modules are {', '.join(known[1:9])}, ... (see model.named_modules())"
 
-# %% ../nbs/04_hooks.ipynb #c047
+# %% ../nbs/04_hooks.ipynb #c048
 def match_layers(
     known: list[str],  # all module names, in order
     layers: str | list[str],  # exact names and regular expressions
@@ -139,7 +141,7 @@ def match_layers(
         found += [n for n in hits if n not in found]
     return found
 
-# %% ../nbs/04_hooks.ipynb #c050
+# %% ../nbs/04_hooks.ipynb #c051
 def width_of(
     module: nn.Module,
 ) -> int | None:
@@ -150,7 +152,7 @@ def width_of(
     widths = [width_of(m) for m in module.modules() if m is not module and not list(m.children())]
     return next((w for w in reversed(widths) if w is not None), None)
 
-# %% ../nbs/04_hooks.ipynb #c053
+# %% ../nbs/04_hooks.ipynb #c054
 @dataclass
 class Taps:
     "The layers to record, in forward order; the last is the teacher."
@@ -168,7 +170,7 @@ class Taps:
         return [dict(layer=i, name=n, kind=type(unwrap(m)).__name__, role="student" if i < len(self.names) else "teacher", channels=c, shape=s)
                 for i, (n, m, c, s) in enumerate(zip(self.names, self.modules, self.channels, shapes), 1)]
 
-# %% ../nbs/04_hooks.ipynb #c056
+# %% ../nbs/04_hooks.ipynb #c057
 def _read_channels(names: list[str], modules: list[nn.Module], channels, known: dict[str, int]) -> list[int | None]:
     "Widths: as given (a list, a dict, or one for all), else read off."
     if isinstance(channels, int): return [channels] * len(names)
@@ -179,7 +181,7 @@ def _read_channels(names: list[str], modules: list[nn.Module], channels, known: 
     given = {**known, **(channels or {})}
     return [given.get(n) or width_of(m) for n, m in zip(names, modules)]
 
-# %% ../nbs/04_hooks.ipynb #c059
+# %% ../nbs/04_hooks.ipynb #c060
 def _no_layers(model: nn.Module) -> str:
     "The error for a model that is not known, with an example from the model itself."
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
@@ -189,7 +191,7 @@ def _no_layers(model: nn.Module) -> str:
             f"regular expressions in forward order, the last being the teacher, for example layers=[r\"{example}\"] ({size} modules), "
             "and to_map=f with f(output, name) -> (B, C, H, W) where a layer does not return such a map")
 
-# %% ../nbs/04_hooks.ipynb #c062
+# %% ../nbs/04_hooks.ipynb #c063
 def _unet_place(name: str) -> tuple:
     "Where a U-Net's module stands in the forward pass: stage, block, layer; attention after resnet, samplers after layers, a whole after its parts."
     stages = ["conv_in", "down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_act", "conv_out"]
@@ -199,7 +201,7 @@ def _unet_place(name: str) -> tuple:
     whole = 10**6 if not part else 0
     return stages.index(stage) if stage in stages else -1, number(block), whole, "samplers" in part, number(layer), part == "attentions"
 
-# %% ../nbs/04_hooks.ipynb #c065
+# %% ../nbs/04_hooks.ipynb #c066
 _KNOWN = {"UNet2DConditionModel": unet_layers, "SD3Transformer2DModel": sd3_layers}
 
 def _ordered(model: nn.Module, kind: str | None, layers: str | list[str] | None) -> list[str]:
@@ -208,13 +210,13 @@ def _ordered(model: nn.Module, kind: str | None, layers: str | list[str] | None)
     names = match_layers([n for n, _ in model.named_modules()], layers)
     return sorted(names, key=_unet_place) if kind == "UNet2DConditionModel" else names
 
-# %% ../nbs/04_hooks.ipynb #c068
+# %% ../nbs/04_hooks.ipynb #c069
 def _reader(model: nn.Module, kind: str | None, to_map: Callable | None) -> Callable:
     "The function (output, name, inputs_hw) -> (B, C, H, W) of `Taps`."
     if to_map: return lambda output, name, inputs_hw: to_map(output, name)
-    return image_tokens(model.config.patch_size) if kind == "SD3Transformer2DModel" else first_map
+    return image_tokens(model.config.patch_size, getattr(model, "map_tokens", None)) if kind == "SD3Transformer2DModel" else first_map
 
-# %% ../nbs/04_hooks.ipynb #c071
+# %% ../nbs/04_hooks.ipynb #c072
 def find_taps(
     model: nn.Module,  # may be wrapped by accelerate, DDP, FSDP, torch.compile or PEFT
     layers: str | list[str] | None = None,  # module names or regular expressions for whole names; needed for a model that is not known
@@ -231,7 +233,7 @@ def find_taps(
     widths = _read_channels(names, modules, channels, dict.fromkeys(sd3_layers(model), model.inner_dim) if sd3 else {})
     return Taps(model, names, modules, _reader(model, kind, to_map), widths, kind == "UNet2DConditionModel" or len(set(widths)) > 1)
 
-# %% ../nbs/04_hooks.ipynb #c080
+# %% ../nbs/04_hooks.ipynb #c081
 class Hook:
     "A function for a hook; a copy of it, by `copy.deepcopy` or pickle, does nothing."
     def __init__(self,
@@ -246,7 +248,7 @@ class Hook:
     def __deepcopy__(self, memo): return Hook()
     def __reduce__(self): return Hook, ()
 
-# %% ../nbs/04_hooks.ipynb #c083
+# %% ../nbs/04_hooks.ipynb #c084
 def hooks_left(
     model: nn.Module,
     everyone: bool = False,  # count the forward hooks of others too
@@ -255,22 +257,22 @@ def hooks_left(
     hooks = [h for m in model.modules() for d in (m._forward_hooks, m._forward_pre_hooks) for h in d.values()]
     return sum(everyone or isinstance(h, Hook) for h in hooks)
 
-# %% ../nbs/04_hooks.ipynb #c086
+# %% ../nbs/04_hooks.ipynb #c087
 def _in_backward() -> bool:
     "Whether autograd is running a backward pass, in which a checkpointed model may be called again."
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
-# %% ../nbs/04_hooks.ipynb #c089
+# %% ../nbs/04_hooks.ipynb #c090
 def _version(output: object) -> list:
     "Tensors of an output with their version counters, which in-place changes move on."
     parts = output if isinstance(output, (tuple, list)) else [output]
     return [(x, x._version) for x in parts if isinstance(x, Tensor)]
 
-# %% ../nbs/04_hooks.ipynb #c092
+# %% ../nbs/04_hooks.ipynb #c093
 _GRAD_OFF = ("layer {!r} ran with gradients off while the model's forward pass had them on, so nothing can teach it. Re-entrant gradient checkpointing does this: "
              "use use_reentrant=False (diffusers' default). If the model runs this layer under no_grad on purpose, leave it out with layers=")
 
-# %% ../nbs/04_hooks.ipynb #c094
+# %% ../nbs/04_hooks.ipynb #c095
 class CallRecord:
     "The maps of the call that counts. `begin` and `end` frame a forward pass of the whole model, `keep` takes a layer's output."
     def __init__(self, taps: Taps):
@@ -299,21 +301,21 @@ class CallRecord:
         if self.grad and not torch.is_grad_enabled(): raise RuntimeError(_GRAD_OFF.format(name))
         self.open.append((i, self.taps.to_map(output, name, self.hw), _version(output) if self.grad and not torch.compiler.is_compiling() else []))
 
-# %% ../nbs/04_hooks.ipynb #c097
+# %% ../nbs/04_hooks.ipynb #c098
 def _check_order(names: list[str], ran: list[int]):
     "Raises RuntimeError unless all layers are among those that `ran`, each for the last time in the order of `names`."
     if (missing := [n for i, n in enumerate(names) if i not in ran]): raise RuntimeError(f"the model's last call did not run {', '.join(missing)}; leave out with layers= what does not always run")
     order = [i for k, i in enumerate(ran) if i not in ran[k + 1:]]
     if order != sorted(order): raise RuntimeError(f"the model runs its layers in the order {', '.join(names[i] for i in order)}; give layers= in this order, the last is the teacher")
 
-# %% ../nbs/04_hooks.ipynb #c100
+# %% ../nbs/04_hooks.ipynb #c101
 def _check_map(name: str, x: object, versions: list, width: int | None):
     "Raises RuntimeError unless `x` is a (B, C, H, W) tensor, C is `width` if that is known, and the output it was read from is unchanged."
     if getattr(x, "ndim", 0) != 4: raise RuntimeError(f"to_map gave {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__} for {name!r}; a tensor of shape (B, C, H, W) was expected")
     if any(t._version != n for t, n in versions): raise RuntimeError(f"the output of {name!r} was changed in place after it was recorded (an inplace activation?); record the layer that changed it")
     if width not in (None, x.shape[1]): raise RuntimeError(f"{name!r} was taken to be {width} channels wide, its map is {tuple(x.shape)}; pass channels=")
 
-# %% ../nbs/04_hooks.ipynb #c103
+# %% ../nbs/04_hooks.ipynb #c104
 def read_maps(record: CallRecord) -> list[Tensor]:
     "The recorded maps, after a look at what can go wrong: none, some missing, out of order, no maps, changed in place, of another width. Raises RuntimeError."
     if record.done is None:
@@ -326,19 +328,19 @@ def read_maps(record: CallRecord) -> list[Tensor]:
     taps.shapes = [tuple(x.shape) for x in maps]
     return maps
 
-# %% ../nbs/04_hooks.ipynb #c106
+# %% ../nbs/04_hooks.ipynb #c107
 def _hang_up(record: CallRecord, model: nn.Module) -> list:
     "Register a record's hooks on the model and on the layers of its taps. Returns their handles."
     before = model.register_forward_pre_hook(Hook(record.begin), with_kwargs=True)
     layers = [m.register_forward_hook(Hook(record.keep, i)) for i, m in enumerate(record.taps.modules)]
     return [before, *layers, model.register_forward_hook(Hook(record.end)), model.register_forward_hook(Hook(record.abandon), always_call=True)]
 
-# %% ../nbs/04_hooks.ipynb #c109
+# %% ../nbs/04_hooks.ipynb #c110
 def forget_compiled():
     "Drop compiled code, if any, so that hooks that were added or removed are seen."
     if (dynamo := sys.modules.get("torch._dynamo")) is not None: dynamo.reset()
 
-# %% ../nbs/04_hooks.ipynb #c111
+# %% ../nbs/04_hooks.ipynb #c112
 class Recorder(CallRecord):
     "Records the maps of `taps` while `model` trains. As a context manager it removes its hooks at the end."
     def __init__(self,
