@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from .datasets import EXTENSIONS
+from .metric_weights import FILES, file_digest, file_state, weights_folder
 from .metrics import Scorer, Scores, frechet_distance
+from .photographs import EXTENSIONS
 
 # %% ../nbs/20_evaluation.ipynb #c005
 def _images_in(folder: Path) -> list:
@@ -40,46 +41,52 @@ def image_files(
     "The image files of a folder, or the files given. Raises `ValueError`, `FileNotFoundError` naming what is wrong."
     single = isinstance(where, (str, os.PathLike))
     paths = [Path(path).expanduser() for path in ([where] if single else where)]
-    if not paths:
-        raise ValueError(f"no {what} were given: the list is empty")
     if absent := [str(path) for path in paths if not path.exists()]:
         raise FileNotFoundError(f"{what}: {_list(absent)} do not exist (looked from {Path.cwd()})")
     if single and paths[0].is_dir():
         return _images_in(paths[0])
+    _check_list(paths, what)
+    return paths
+
+# %% ../nbs/20_evaluation.ipynb #c009
+def _list(names, most: int = 10) -> str:
+    "Names for an error: all where there are few."
+    names = list(names)
+    return ", ".join(map(str, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+def _check_list(paths: list, what: str):
+    "Raise where a list of files cannot be scored."
+    if not paths: raise ValueError(f"no {what} were given: the list is empty")
     if folders := [str(path) for path in paths if path.is_dir()]:
         raise ValueError(f"{what}: {_list(folders)} in a list of files: give one folder by itself, or files")
     names = defaultdict(list)
     for path in paths: names[path.name].append(str(path))
     if twice := [" and ".join(same) for same in names.values() if len(same) > 1]:
         raise ValueError(f"{what}: two files of one name, {_list(twice)}: score them apart")
-    return paths
 
-def _list(names, most: int = 10) -> str:
-    "Names for an error: all where there are few."
-    names = list(names)
-    return ", ".join(map(str, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-# %% ../nbs/20_evaluation.ipynb #c010
+# %% ../nbs/20_evaluation.ipynb #c012
 RULES = ("_LR4", "_LR3", "_LR2", "_LR8", "_LR", "_LQ", "_HR", "_HQ", "_GT", "_SR4", "_SR", "x2", "x3", "x4", "x8", "_out", "_output", "_result", "_restored")
 
 def stem_key(
     stem: str,  # a file's name without its suffix
-    rules=RULES,  # endings that do not count
+    rules=RULES,  # endings that do not count; a list of texts
 ) -> str:
     "A stem without the declared endings: what matching goes by."
+    if isinstance(rules, str): raise TypeError(f"rules={rules!r}: expected a list of endings, [{rules!r}]")
     key = stem.casefold().replace("-", "_").replace(" ", "_")
     endings = sorted((rule.casefold().replace("-", "_") for rule in rules), key=len, reverse=True)
     while ending := next((e for e in endings if e and key.endswith(e) and len(key) > len(e)), None):
         key = key[:-len(ending)].rstrip("_")
     return key
 
-# %% ../nbs/20_evaluation.ipynb #c013
+# %% ../nbs/20_evaluation.ipynb #c015
 def _groups(paths, rules) -> dict:
     "Key -> files."
     groups = defaultdict(list)
     for path in paths: groups[stem_key(path.stem, rules)].append(path)
     return groups
 
+# %% ../nbs/20_evaluation.ipynb #c017
 def _pair_group(results: list, references: list) -> tuple:
     "One key's pairs, those of equal stem first, and what is left over on both sides."
     if len(results) == len(references) == 1:
@@ -90,7 +97,20 @@ def _pair_group(results: list, references: list) -> tuple:
     used = {path for pair in pairs for path in pair}
     return pairs, [p for p in results if p not in used], [p for p in references if p not in used]
 
-# %% ../nbs/20_evaluation.ipynb #c015
+# %% ../nbs/20_evaluation.ipynb #c019
+def _join(left: dict, right: dict) -> tuple:
+    "(pairs, what is ambiguous) of two sides' groups."
+    pairs, ambiguous = [], []
+    for key in dict.fromkeys([*left, *right]):
+        found, a, b = _pair_group(left.get(key, []), right.get(key, []))
+        pairs += found
+        if a and b or max(len(a), len(b)) > 1 or found and (a or b):
+            ambiguous.append(f"{key!r}: results {_list(p.name for p in left[key])}; references {_list(p.name for p in right[key])}")
+        else:
+            pairs += [(path, None) for path in a] + [(None, path) for path in b]
+    return pairs, ambiguous
+
+# %% ../nbs/20_evaluation.ipynb #c021
 def match_files(
     results,  # a folder, a file or a list of files
     references,  # the same
@@ -100,20 +120,12 @@ def match_files(
     "Join files by stem. Raises `ValueError` naming what is ambiguous, and what has no partner."
     if on_error not in ("raise", "gap"):
         raise ValueError(f"on_error={on_error!r}: expected 'raise' or 'gap'")
-    left, right = _groups(image_files(results, "results"), rules), _groups(image_files(references, "references"), rules)
-    pairs, ambiguous = [], []
-    for key in dict.fromkeys([*left, *right]):
-        found, results_left, references_left = _pair_group(left[key], right[key])
-        pairs += found
-        if results_left and references_left or max(len(results_left), len(references_left)) > 1 or found and (results_left or references_left):
-            ambiguous.append(f"{key!r}: results {_list(p.name for p in left[key])}; references {_list(p.name for p in right[key])}")
-        else:
-            pairs += [(path, None) for path in results_left] + [(None, path) for path in references_left]
-    _refuse(ambiguous, [pair for pair in pairs if None in pair] if on_error == "raise" else [])
+    pairs, ambiguous = _join(_groups(image_files(results, "results"), rules), _groups(image_files(references, "references"), rules))
+    _refuse(ambiguous, [pair for pair in pairs if None in pair] if on_error == "raise" else [], rules)
     return sorted(pairs, key=lambda pair: (pair[0] or pair[1]).name)
 
-# %% ../nbs/20_evaluation.ipynb #c017
-def _refuse(ambiguous: list, lonely: list):
+# %% ../nbs/20_evaluation.ipynb #c023
+def _refuse(ambiguous: list, lonely: list, rules=RULES):
     "Raise where something is ambiguous or has no partner."
     if ambiguous:
         raise ValueError("results and references cannot be told apart by name:\n  " + "\n  ".join(ambiguous[:10])
@@ -121,9 +133,9 @@ def _refuse(ambiguous: list, lonely: list):
     if lonely:
         sides = (("references without a result", [b.name for a, b in lonely if a is None]), ("results without a reference", [a.name for a, b in lonely if b is None]))
         told = "; ".join(f"{len(names)} {what} ({_list(names)})" for what, names in sides if names)
-        raise ValueError(f"{told}. Files are joined by stem without the endings {', '.join(RULES[:3])}, ... (rules=...); on_error=\"gap\" scores the rest and shows the gaps.")
+        raise ValueError(f"{told}. Files are joined by stem without the endings {_list(rules, 4)} (rules=...); on_error=\"gap\" scores the rest and shows the gaps.")
 
-# %% ../nbs/20_evaluation.ipynb #c020
+# %% ../nbs/20_evaluation.ipynb #c026
 def _note(image: Image.Image, path: Path) -> str:
     "What is particular about a picture that can still be read, ''."
     notes = []
@@ -134,11 +146,12 @@ def _note(image: Image.Image, path: Path) -> str:
     if image.getexif().get(274, 1) != 1: notes.append("a rotation in its EXIF is not applied")
     return "; ".join(notes)
 
+# %% ../nbs/20_evaluation.ipynb #c028
 def _png_depth(path: Path) -> int:
     "Bits a channel, from a PNG's header."
     with open(path, "rb") as file: return file.read(25)[24]
 
-# %% ../nbs/20_evaluation.ipynb #c022
+# %% ../nbs/20_evaluation.ipynb #c030
 def _pixels(image: Image.Image) -> np.ndarray:
     "Stored pixels as (H, W, 3) uint8. Raises `ValueError` where they have no reading as RGB."
     if image.mode == "F":
@@ -152,7 +165,7 @@ def _pixels(image: Image.Image) -> np.ndarray:
             raise ValueError(f"has transparent pixels (alpha down to {lowest} of 255), which have no colour to compare: flatten it on a background")
     return np.array(image.convert("RGB"))
 
-# %% ../nbs/20_evaluation.ipynb #c024
+# %% ../nbs/20_evaluation.ipynb #c032
 def _why(error: Exception, path: Path) -> str:
     "Why a picture could not be read."
     if path.stat().st_size == 0: return "is empty (0 bytes)"
@@ -160,6 +173,7 @@ def _why(error: Exception, path: Path) -> str:
     if "truncated" in str(error) or isinstance(error, EOFError): return "is cut off: the file ends before its picture does"
     return str(error) if isinstance(error, ValueError) and str(error).startswith("has ") else f"cannot be decoded: {error or type(error).__name__}"
 
+# %% ../nbs/20_evaluation.ipynb #c034
 def read_image(
     path,  # an image file
 ) -> tuple:  # (3, H, W) float32 in [0, 1], and a note ('' for plain 8-bit RGB)
@@ -172,26 +186,27 @@ def read_image(
         raise ValueError(f"{path.name} {_why(error, path)}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 255, note
 
-# %% ../nbs/20_evaluation.ipynb #c027
-def _size(path) -> tuple | None:
-    "(width, height) from the header; None where it cannot be read, or without a file."
+# %% ../nbs/20_evaluation.ipynb #c037
+def _header(path) -> tuple:
+    "(width, height) and the note of a file, from its header; (None, '') where it cannot be read, or without a file."
     try:
-        with Image.open(path) as image: return image.size
+        with Image.open(path) as image: return image.size, _note(image, Path(path))
     except Exception:  # reading says why
-        return None
+        return None, ""
 
+# %% ../nbs/20_evaluation.ipynb #c039
 def _check_sizes(pairs: list, on_error: str) -> dict:
     "Result -> what is wrong, for pairs that differ in size. Raises `ValueError` that lists them all, unless they are to be gaps."
     differ = {}
     for result, reference in pairs:
-        a, b = _size(result) if result else None, _size(reference) if reference else None
+        a, b = _header(result)[0], _header(reference)[0]
         if a and b and a != b: differ[result] = f"{result.name} is {a[0]}x{a[1]}, its reference {reference.name} {b[0]}x{b[1]}"
     if differ and on_error == "raise":
         raise ValueError(f"{len(differ)} of {len(pairs)} results differ from their references in size (width x height):\n  " + "\n  ".join(differ.values())
                          + "\nNothing is resized in silence: give the references at the results' size, or on_error=\"gap\" to score the rest.")
     return differ
 
-# %% ../nbs/20_evaluation.ipynb #c030
+# %% ../nbs/20_evaluation.ipynb #c042
 @dataclass
 class Pair:
     "One row of the table in the making."
@@ -199,11 +214,18 @@ class Pair:
     reference: Path | None
     problem: str = ""  # why something about it cannot be had
     blocked: bool = False  # nothing can be compared, whatever the result is
+    size: tuple | None = None  # (width, height) from the header
+    note: str = ""  # what is particular about its files
+
+    def __post_init__(self):
+        (self.size, note), (_, other) = _header(self.result), _header(self.reference)
+        self.note = "; ".join(filter(None, (note, other and f"reference: {other}")))
 
     name = property(lambda self: (self.result or self.reference).name, doc="The row's `image`.")
 
+# %% ../nbs/20_evaluation.ipynb #c044
 def _plan(results, references, rules, on_error: str) -> list:
-    "All rows, in order of name."
+    "A `Pair` a row."
     if references is None:
         return [Pair(path, None) for path in sorted(image_files(results, "results"), key=lambda path: path.name)]
     matched = match_files(results, references, rules, on_error)
@@ -213,18 +235,15 @@ def _plan(results, references, rules, on_error: str) -> list:
         plan.append(Pair(result, reference, problem, bool(problem)))
     return plan
 
-# %% ../nbs/20_evaluation.ipynb #c033
-def _digest(path: Path | None) -> str:
-    "sha256 of a file's contents, '' without a file."
-    if path is None: return ""
-    with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
-
-def _metric_key(scorer: Scorer, name: str) -> str:
-    "A short name for how this number is made: entry, versions, kind of device."
-    made = [asdict(scorer.entries[name]), scorer.versions, scorer.device.type]
+# %% ../nbs/20_evaluation.ipynb #c047
+def _metric_key(scorer: Scorer, name: str, weights=None) -> str:
+    "A short name for how this number is made: entry, weights without a known checksum, versions, kind of device."
+    entry = scorer.entries[name]
+    loose = [file_digest(weights_folder(weights) / FILES.get(file, file).name) for file in entry.files if file_state(file, weights) == "unverified"]
+    made = [asdict(entry), loose, scorer.versions, scorer.device.type]
     return hashlib.sha256(json.dumps(made, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-# %% ../nbs/20_evaluation.ipynb #c036
+# %% ../nbs/20_evaluation.ipynb #c050
 _FIRST = '{"framer": "scores of images, one a line"}'
 
 class Record:
@@ -232,50 +251,59 @@ class Record:
     def __init__(self,
         path=None,  # a file; made, with its folder, where it is not there
     ):
-        self.path, self.known = Path(path) if path else None, {}
-        if self.path is None: return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
-        if any(lines) and lines[0] != _FIRST.encode():
-            raise ValueError(f"{self.path} is not a record of scores (its first line is another): give a new file, or one that an evaluation began")
-        for line in lines[1:-1]: self._learn(line)
-        if not any(lines): self._append(_FIRST + "\n")
-        elif lines[-1]: self._append("\n")  # a line that was cut off by a crash ends here, and does not count
+        self.path, self.known, self._digests = Path(path) if path else None, {}, {}
+        if self.path: self._open()
 
-    def _learn(self, line: bytes):
-        try: *key, value = json.loads(line)
-        except ValueError: return
-        self.known[tuple(key)] = value
+    def digest(self, path) -> str:
+        "sha256 of a file's contents; '' where nothing is kept, or without a file."
+        if self.path is None or path is None: return ""
+        if path not in self._digests: self._digests[path] = file_digest(path)
+        return self._digests[path]
+
+    def add(self, entries):
+        "Keep (keys...) -> value entries."
+        self.known.update(entries)
+        if self.path and entries: self._append("".join(json.dumps([*key, value], allow_nan=False) + "\n" for key, value in entries.items()))
 
     def _append(self, text: str):
         with open(self.path, "a") as file: file.write(text)
 
-    def add(self, entries):
-        "Keep ((keys...), value) entries."
-        self.known.update(entries)
-        if self.path and entries: self._append("".join(json.dumps([*key, value], allow_nan=False) + "\n" for key, value in entries.items()))
+# %% ../nbs/20_evaluation.ipynb #c052
+def _open_record(self: Record):
+    "Read the file, or begin it."
+    if self.path.is_dir(): raise IsADirectoryError(f"{self.path} is a folder: give a file that keeps the values (out=...)")
+    self.path.parent.mkdir(parents=True, exist_ok=True)
+    lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
+    if any(lines) and lines[0] != _FIRST.encode():
+        raise ValueError(f"{self.path} is not a record of scores (its first line is another): give a new file, or one that an evaluation began")
+    for line in lines[1:-1]:
+        try: *key, value = json.loads(line)
+        except ValueError: continue
+        self.known[tuple(key)] = value
+    if not any(lines): self._append(_FIRST + "\n")
+    elif lines[-1]: self._append("\n")  # a line that was cut off by a crash ends here, and does not count
 
-# %% ../nbs/20_evaluation.ipynb #c039
+Record._open = _open_record
+
+# %% ../nbs/20_evaluation.ipynb #c055
 def _batches(pairs: list, batch_size: int) -> list:
     "Lists of up to `batch_size` pairs of one size, with and without reference apart."
     alike = defaultdict(list)
-    for pair in pairs: alike[_size(pair.result), pair.reference is None or pair.blocked].append(pair)
+    for pair in pairs: alike[pair.size, pair.reference is None or pair.blocked].append(pair)
     return [same[i:i + batch_size] for same in alike.values() for i in range(0, len(same), batch_size)]
 
-def _read_pair(pair: Pair, notes: dict) -> list:
-    "Result and reference as tensors; what cannot be read is None, and the pair's problem."
+# %% ../nbs/20_evaluation.ipynb #c057
+def _read_pair(pair: Pair) -> list:
+    "Result and reference as tensors."
     sides = []
     for path in (pair.result, None if pair.blocked else pair.reference):
-        image = None
-        if path is not None:
-            try:
-                image, note = read_image(path)
-                if note: notes[pair.name] = note if path == pair.result else f"reference: {note}"
-            except ValueError as error: pair.problem = str(error) if path == pair.result else f"its reference {error}"
-        sides.append(image)
+        try: sides.append(None if path is None else read_image(path)[0])
+        except ValueError as error:
+            sides.append(None)
+            pair.problem = str(error) if path == pair.result else f"its reference {error}"
     return sides
 
-# %% ../nbs/20_evaluation.ipynb #c042
+# %% ../nbs/20_evaluation.ipynb #c060
 def _score_batch(scorer: Scorer, names: list, pairs: list, sides: list) -> dict:
     "(pair's place, metric) -> (value, why), for what is asked of this batch."
     found = {}
@@ -288,54 +316,93 @@ def _score_batch(scorer: Scorer, names: list, pairs: list, sides: list) -> dict:
         found.update({(i, name): value for i, value in zip(alike, scorer.values(name, *stacked))})
     return found
 
-# %% ../nbs/20_evaluation.ipynb #c045
-def _run(scorer: Scorer, names: list, plan: list, record: Record, batch_size: int, progress, notes: dict) -> dict:
-    "(row, metric) -> (value, why) for all rows; what the record has is taken from it."
-    keys = {(pair.name, name): (_metric_key(scorer, name), _digest(pair.result), _digest(pair.reference) if scorer.entries[name].reference else "")
-            for name in names for pair in plan if pair.result and not (scorer.entries[name].reference and (pair.blocked or pair.reference is None))}
-    found = {where: (record.known[key], "") for where, key in keys.items() if key in record.known}
-    left = [pair for pair in plan if any((pair.name, name) in keys and (pair.name, name) not in found for name in names)]
-    batches = _batches(left, batch_size)
-    with ThreadPoolExecutor(1) as pool, _bar(len(plan), len(plan) - len(left), progress) as bar:
-        read = lambda batch: [_read_pair(pair, notes) for pair in batch]
+# %% ../nbs/20_evaluation.ipynb #c063
+def _keys(scorer: Scorer, names: list, plan: list, record: Record, weights=None) -> dict:
+    "(row, metric) -> key in the record, for all values that can be asked for."
+    how, keys = {name: _metric_key(scorer, name, weights) for name in names}, {}
+    for name in names:
+        compares = scorer.entries[name].reference
+        for pair in plan:
+            if pair.result and not (compares and (pair.blocked or pair.reference is None)):
+                keys[pair.name, name] = (how[name], record.digest(pair.result), record.digest(pair.reference) if compares else "")
+    return keys
+
+# %% ../nbs/20_evaluation.ipynb #c065
+def _read_ahead(batches: list):
+    "Each batch with its images, the next one being read meanwhile."
+    read = lambda batch: [_read_pair(pair) for pair in batch]
+    with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(read, batches[0]) if batches else None
         for i, batch in enumerate(batches):
             sides, coming = coming.result(), pool.submit(read, batches[i + 1]) if i + 1 < len(batches) else None
-            lacking = [name for name in names if any((pair.name, name) in keys and (pair.name, name) not in found for pair in batch)]
-            new = {(batch[k].name, name): value for (k, name), value in _score_batch(scorer, lacking, batch, sides).items()}
+            yield batch, sides
+
+# %% ../nbs/20_evaluation.ipynb #c067
+def _run(scorer: Scorer, keys: dict, plan: list, record: Record, batch_size: int, progress) -> dict:
+    "(row, metric) -> (value, why) for all rows."
+    found = {where: (record.known[key], "") for where, key in keys.items() if record.path and key in record.known}
+    lacking = defaultdict(list)
+    for name, metric in keys.keys() - found.keys(): lacking[name].append(metric)
+    left = [pair for pair in plan if pair.name in lacking]
+    with _bar(len(plan), len(plan) - len(left), progress) as bar:
+        for batch, sides in _read_ahead(_batches(left, batch_size)):
+            names = [name for name in scorer.entries if any(name in lacking[pair.name] for pair in batch)]
+            new = {(batch[i].name, name): value for (i, name), value in _score_batch(scorer, names, batch, sides).items()}
             found.update(new)
             record.add({keys[where]: value for where, (value, why) in new.items() if value is not None})
             bar.update(len(batch))
     return found
 
-# %% ../nbs/20_evaluation.ipynb #c047
+# %% ../nbs/20_evaluation.ipynb #c069
 def _bar(total: int, done: int, progress):
     "tqdm's bar; silent where `progress` is False, or None and nobody watches."
     from tqdm import tqdm
     return tqdm(total=total, initial=done, disable=None if progress is None else not progress, desc="scored", unit="image", leave=False)
 
-# %% ../nbs/20_evaluation.ipynb #c049
-def _set_value(scorer: Scorer, name: str, plan: list, record: Record) -> tuple:
+# %% ../nbs/20_evaluation.ipynb #c071
+def _set_value(scorer: Scorer, name: str, plan: list, record: Record, weights=None) -> tuple:
     "(value, '') of a metric over sets, or (None, why)."
     ready = [pair for pair in plan if pair.result and pair.reference]
-    key = (_metric_key(scorer, name), *(hashlib.sha256("".join(sorted(map(_digest, side))).encode()).hexdigest() for side in zip(*((p.result, p.reference) for p in ready))))
-    if key in record.known: return record.known[key], ""
+    sides = [[record.digest(path) for path in side] for side in zip(*((pair.result, pair.reference) for pair in ready))]
+    key = (_metric_key(scorer, name, weights), *(hashlib.sha256("".join(sorted(side)).encode()).hexdigest() for side in sides))
+    if record.path and key in record.known: return record.known[key], ""
     features = [[], []]
     for pair in ready:
-        sides = _read_pair(Pair(pair.result, pair.reference), {})
-        if None in [None if side is None else 1 for side in sides]: continue
-        for kept, side in zip(features, sides): kept.append(scorer.features(name, side[None]))
+        images = _read_pair(Pair(pair.result, pair.reference))
+        if any(image is None for image in images): continue
+        for kept, image in zip(features, images): kept.append(scorer.features(name, image[None]))
     if len(features[0]) < 2: return None, f"no value: a set needs 2 images with references, there are {len(features[0])}"
     value = frechet_distance(*(torch.cat(side) for side in features))
     record.add({key: value})
     return value, ""
 
-# %% ../nbs/20_evaluation.ipynb #c051
-def _gaps(scores: Scores, name: str, whys: dict):
+# %% ../nbs/20_evaluation.ipynb #c075
+def _say_gaps(scores: Scores, name: str, whys: dict):
     "Say in `scores.missing` for which images a metric has no value."
     gaps = [f"{row['image']}: {whys.get(row['image']) or 'no value'}" for row in scores if row[name] is None]
     if gaps: scores.missing[name] = f"no value for {len(gaps)} of {len(scores)} images ({'; '.join(gaps[:3])}{'; ...' if len(gaps) > 3 else ''})"
 
+def _finish(scores: Scores, scorer: Scorer, plan: list, found: dict, record: Record, weights=None):
+    "The numbers of the set, and what is missing."
+    for name, entry in scorer.entries.items():
+        if name in scorer.missing: continue
+        if entry.reference and all(pair.reference is None for pair in plan):
+            scores.missing[name] = "not available: it compares with references, and none were given"
+        elif entry.sets:
+            value, why = _set_value(scorer, name, plan, record, weights)
+            (scores.missing if why else scores.sets)[name] = why or value
+        else:
+            _say_gaps(scores, name, {pair.name: found.get((pair.name, name), (None, ""))[1] or pair.problem for pair in plan})
+
+# %% ../nbs/20_evaluation.ipynb #c077
+def _warn_of(scores: Scores):
+    "One warning for all files that were a problem."
+    if scores.problems:
+        told = [f"{name}: {why}" for name, why in scores.problems.items()]
+        more = [f"and {len(told) - 20} more (see .problems)"] if len(told) > 20 else []
+        warnings.warn("\n  ".join([f"{len(told)} of {len(scores)} images have gaps:", *told[:20], *more]), stacklevel=3)
+
+# %% ../nbs/20_evaluation.ipynb #c079
 def evaluate(
     results,  # a folder of images, or a list of files
     references=None,  # the same; None leaves out every metric that compares
@@ -347,32 +414,17 @@ def evaluate(
     out=None,  # a file that keeps every value; an evaluation that broke off goes on from it
     progress: bool | None = None,  # a bar: None shows it on a terminal
     on_error: str = "raise",  # a missing partner, sizes that differ: "raise" before anything is scored, or "gap"
-) -> Scores:  # rows (`image` is the file's name), .means, .missing, .problems, .protocol, .versions
+    weights=None,  # folder of weights; None is $FRAMER_METRIC_WEIGHTS or torch's hub folder
+) -> Scores:  # rows (`image` is the file's name), .means, .missing, .problems, .notes, .protocol, .versions
     "Score files under a protocol. A file that cannot be read is a gap with a reason in `.problems`, and the rest is scored."
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r}: expected a whole number of images, 1 or more")
-    plan, record = _plan(results, references, rules, on_error), Record(out)
-    scorer, notes = Scorer(metrics, protocol, device), {}
-    per_image = [name for name in scorer.metrics if not scorer.entries[name].sets and (references is not None or not scorer.entries[name].reference)]
-    found = _run(scorer, per_image, plan, record, batch_size, progress, notes)
-    names = [name for name, entry in scorer.entries.items() if not entry.sets]
-    scores = Scores({"image": pair.name, **{name: found.get((pair.name, name), (None, ""))[0] for name in names}} for pair in plan)
-    scores.protocol, scores.versions, scores.missing, scores.sets = scorer.protocol, dict(scorer.versions), dict(scorer.missing), {}
-    scores.notes, scores.problems = notes, {pair.name: pair.problem for pair in plan if pair.problem}
-    _finish(scores, scorer, plan, found, record, references)
+    plan, scorer = _plan(results, references, rules, on_error), Scorer(metrics, protocol, device, weights)
+    record, names = Record(out), [name for name, entry in scorer.entries.items() if not entry.sets]
+    keys = _keys(scorer, [name for name in names if name in scorer.metrics], plan, record, weights)
+    found = _run(scorer, keys, plan, record, batch_size, progress)
+    scores = scorer.say_how(Scores({"image": pair.name, **{name: found.get((pair.name, name), (None, ""))[0] for name in names}} for pair in plan))
+    scores.problems, scores.notes = {pair.name: pair.problem for pair in plan if pair.problem}, {pair.name: pair.note for pair in plan if pair.note}
+    _finish(scores, scorer, plan, found, record, weights)
+    _warn_of(scores)
     return scores
-
-# %% ../nbs/20_evaluation.ipynb #c053
-def _finish(scores: Scores, scorer: Scorer, plan: list, found: dict, record: Record, references):
-    "Sets, what is missing, and one warning for the files that were a problem."
-    for name, entry in scorer.entries.items():
-        if name in scorer.missing: continue
-        if entry.reference and references is None:
-            scores.missing[name] = "not available: it compares with references, and none were given"
-        elif entry.sets:
-            value, why = _set_value(scorer, name, plan, record)
-            (scores.missing if why else scores.sets)[name] = why or value
-        else:
-            _gaps(scores, name, {pair.name: found.get((pair.name, name), (None, ""))[1] or pair.problem for pair in plan})
-    if scores.problems:
-        warnings.warn(f"{len(scores.problems)} of {len(scores)} images have gaps:\n  " + "\n  ".join(f"{name}: {why}" for name, why in scores.problems.items()), stacklevel=3)
