@@ -6,16 +6,19 @@ Docs: https://framer-sr.github.io/framer/training.html.md"""
 
 # %% auto #0
 __all__ = ['MAY_CHANGE', 'TrainConfig', 'check_config', 'project_path', 'find_photographs', 'middle', 'validation_pairs',
-           'step_generator', 'noise_loss', 'starting_noise', 'bicubic', 'mean_scores', 'Parts', 'build_parts',
-           'capture', 'restore_parts', 'history_terms', 'layers_row', 'read_layers', 'train_step', 'save_figure',
-           'validate', 'averaged_weights', 'checkpoint_bytes', 'what_bits_depend_on', 'Log', 'go_on',
-           'record_validation', 'after_step', 'quarters', 'finish', 'ends', 'train']
+           'step_generator', 'noise_loss', 'starting_noise', 'bicubic', 'mean_scores', 'Parts', 'make_optimizer',
+           'enter_stage', 'plan_stages', 'recorded_pixel_steps', 'place', 'build_backbone', 'build_parts', 'capture',
+           'restore_parts', 'history_terms', 'layers_row', 'read_layers', 'loss_parts', 'autocast', 'train_step',
+           'save_figure', 'walks', 'validate', 'averaged_weights', 'checkpoint_bytes', 'what_bits_depend_on', 'Log',
+           'go_on', 'record_validation', 'after_step', 'quarters', 'finish', 'ends', 'train']
 
 # %% ../nbs/16_training.ipynb #c003
 import difflib
 import hashlib
 import importlib.util
+import json
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import matplotlib.pyplot as plt
@@ -29,12 +32,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from .analysis import layer_similarity
-from .backbones import load_backbone, restore
-from .datasets import PairDataset, degraded_pair, load_photograph, pair_loader, scan_photographs
+from .backbones import base_digest, check_settings, choose_recipe, ever_trained, load_backbone, restore, save_backbone
+from .captions import read_captions
+from .datasets import PairDataset, degraded_pair, pair_loader
 from .degradation import PRESETS
 from .distill import Framer, framer_config
 from .figures import image_grid, layer_figure, loss_figure, similarity_figure
 from .metrics import score
+from .photographs import load_photograph, scan_photographs
+from .pisasr import lpips_vgg
 from .runs import (History, RunFolder, open_run, pack_optimizer, project_root, read_history, rng_state, run_path, set_rng_state, truncate_history,
                          unpack_optimizer)
 
@@ -42,9 +48,18 @@ from .runs import (History, RunFolder, open_run, pack_optimizer, project_root, r
 @dataclass
 class TrainConfig:
     "Every parameter of a run. `ValueError` on a value that cannot work, before anything is loaded."
-    backbone: str = "sd2"             # "sd2" (U-Net, noise prediction) or "sd3" (MM-DiT, flow matching)
-    scale: str = "auto"               # "tiny" (trains on a laptop's CPU) or "auto"
-    weights: str = "random"           # where the model starts: "random", or a folder with a saved model
+    backbone: str = "sd2"             # "sd2" (U-Net) or "sd3" (MM-DiT)
+    recipe: str = "auto"              # "algorithm-1", "framer-u" (PiSA-SR, sd2), "framer-d" (DiT4SR, sd3); "auto": the first for random weights, the family's own for a pretrained base
+    recipe_options: dict = field(default_factory=dict)  # settings of the recipe, e.g. {lpips_weight: 2.0} or {null_text: 0.1}
+    trainable: str = "auto"           # "all", "added" (adapters, control maps), or "auto": all of a random model, what was added to a pretrained one
+    pixel_steps: int = 0              # framer-u: steps of the pixel stage; 0 is the published share of `steps`, 4000 of 12500
+    scale: str = "auto"               # "tiny" (trains on a laptop's CPU), "full", or "auto": full where GPU, memory and weights are there
+    weights: str = "auto"             # "random", a folder, a hub repository; "auto": random at tiny scale, the family's own at full scale
+    download: bool = False            # fetch weights that are not on this machine
+    text: str = "auto"                # text encoders: "auto" (those of the weights' folder), "none", or a folder
+    t5_tokens: int = 77               # tokens of SD 3's T5; 0 does without it
+    offload_text: bool = False        # text encoders stay on the CPU
+    captions: str = ""                # captions of the training photographs (a file that the caption notebook wrote); "" is none
     framer: bool = True               # train with FRAMER; False is the baseline, with the same seeds and data order
     framer_options: dict = field(default_factory=dict)  # fields of FramerConfig, e.g. {radius: 0.002}
     run: str = ""                     # name of the run's folder below reports/; "" is <backbone>-<scale>-<framer|baseline>
@@ -58,6 +73,8 @@ class TrainConfig:
     learning_rate: float = 1.5e-3     # of AdamW, after warm-up constant
     warmup_steps: int = 50            # linear warm-up
     weight_decay: float = 1e-2        # of AdamW
+    optimizer: str = "adamw"          # "adamw", or "adamw8bit" (bitsandbytes; moments in 8 bits)
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     max_grad_norm: float = 1.0        # gradient clipping
     gradient_accumulation_steps: int = 1  # micro-steps an optimiser step
     mixed_precision: str = "no"       # "no", "bf16" or "fp16"
@@ -75,7 +92,8 @@ class TrainConfig:
     def __post_init__(self): check_config(self)
 
 # %% ../nbs/16_training.ipynb #c008
-_CHOICES = dict(backbone=("sd2", "sd3"), scale=("auto", "tiny", "full"), mixed_precision=("no", "bf16", "fp16"), preset=tuple(PRESETS))
+_CHOICES = dict(backbone=("sd2", "sd3"), scale=("auto", "tiny", "full"), mixed_precision=("no", "bf16", "fp16"), preset=tuple(PRESETS),
+                recipe=("auto", "algorithm-1", "framer-u", "framer-d"), trainable=("auto", "all", "added"), optimizer=("adamw", "adamw8bit"))
 
 # %% ../nbs/16_training.ipynb #c010
 def check_config(config: "TrainConfig"):
@@ -91,10 +109,13 @@ def check_config(config: "TrainConfig"):
     if not 0 <= config.ema_decay < 1: raise ValueError(f"ema_decay={config.ema_decay}: expected a number in [0, 1); 0 turns averaging off")
     for name in ("learning_rate", "max_grad_norm"):
         if not 0 < getattr(config, name) < float("inf"): raise ValueError(f"{name}={getattr(config, name)}: expected a number above 0")
-    for name in ("num_workers", "warmup_steps", "weight_decay", "seed"):
+    for name in ("num_workers", "warmup_steps", "weight_decay", "seed", "pixel_steps", "t5_tokens"):
         if not 0 <= getattr(config, name) < float("inf"): raise ValueError(f"{name}={getattr(config, name)}: expected a number from 0 up")
     framer_config(config.framer_options)
-    config.run = config.run or f"{config.backbone}-{'tiny' if config.scale == 'auto' else config.scale}-{'framer' if config.framer else 'baseline'}"
+    recipe = choose_recipe(config.backbone, config.recipe)
+    if config.recipe != "auto": check_settings(recipe, config.recipe_options)
+    named = "" if config.recipe in ("auto", "algorithm-1") else f"-{config.recipe}"
+    config.run = config.run or f"{config.backbone}{named}-{'tiny' if config.scale == 'auto' else config.scale}-{'framer' if config.framer else 'baseline'}"
     run_path(config.run)
 
 # %% ../nbs/16_training.ipynb #c015
@@ -144,31 +165,27 @@ def step_generator(
     "The source of a micro-step's noise and timesteps."
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 4_099 + rank)
 
-# %% ../nbs/16_training.ipynb #c023
+# %% ../nbs/16_training.ipynb #c024
 def noise_loss(
-    backbone,  # `SD2Backbone` or `SD3Backbone`
+    backbone,  # of any recipe
     batch: dict,  # hr (B, 3, H, W) and lr (B, 3, H/4, W/4) in [0, 1], caption
     generator: torch.Generator,  # draws noise and timesteps
     device,  # where the model is
+    step: int = 0,  # of the run, for recipes with stages
 ) -> Tensor:  # scalar
-    "The backbone's own training loss: noise prediction or flow matching (Algorithm 1, lines 4-8 and L_noise of Eq. 10)."
-    hr, lr = batch["hr"].to(device), batch["lr"].to(device)
-    latents, condition = backbone.encode(hr * 2 - 1), backbone.condition(lr, hr.shape[-2:], batch.get("caption"))
-    noise = torch.randn(latents.shape, generator=generator).to(latents)
-    timesteps = backbone.objective.sample_timesteps(len(latents), generator, device)
-    prediction = backbone.predict(backbone.objective.add_noise(latents, noise, timesteps), timesteps, condition)
-    return F.mse_loss(prediction.float(), backbone.objective.target(latents, noise, timesteps).float())
+    "The backbone's own training loss (L_noise of Eq. 10)."
+    return backbone.training_loss(batch, generator, device, step)[0]
 
-# %% ../nbs/16_training.ipynb #c028
+# %% ../nbs/16_training.ipynb #c029
 def starting_noise(
-    backbone,  # `SD2Backbone` or `SD3Backbone`
+    backbone,  # of any recipe
     lr: Tensor,  # (N, 3, h, w)
     seed: int = 0,
 ) -> Tensor:  # (N, C, h/2, w/2)
     "The fixed noise from which held-out pictures are restored."
     return torch.randn(len(lr), backbone.latent_channels, lr.shape[-2] // 2, lr.shape[-1] // 2, generator=torch.Generator().manual_seed(seed))
 
-# %% ../nbs/16_training.ipynb #c030
+# %% ../nbs/16_training.ipynb #c031
 def bicubic(
     lr: Tensor,  # (N, 3, h, w) in [0, 1]
     scale: int = 4,
@@ -176,7 +193,7 @@ def bicubic(
     "Plain bicubic enlargement."
     return F.interpolate(lr, scale_factor=scale, mode="bicubic", antialias=False).clamp(0, 1)
 
-# %% ../nbs/16_training.ipynb #c032
+# %% ../nbs/16_training.ipynb #c033
 def mean_scores(
     results: Tensor, references: Tensor,  # (N, 3, H, W) in [0, 1]
     metrics: tuple[str, ...] = ("psnr", "ssim"),
@@ -186,22 +203,93 @@ def mean_scores(
     except ImportError as error: return dict(missing=str(error), per_image=[])
     return dict(**scores.means, per_image=list(scores), protocol=scores.protocol, versions=scores.versions, missing=scores.missing)
 
-# %% ../nbs/16_training.ipynb #c037
+# %% ../nbs/16_training.ipynb #c038
 @dataclass
 class Parts:
     "The moving parts of a run."
     accelerator: Accelerator
-    backbone: object          # `SD2Backbone` or `SD3Backbone`
+    backbone: object          # of any recipe
     model: torch.nn.Module    # backbone.model as accelerate prepared it
     framer: Framer | None     # None for the baseline
-    optimizer: object         # over the model's parameters and the heads'
-    lr_scheduler: object
-    ema: EMAModel | None      # averaged weights
+    trained: list[str]        # names of parameters that train in some stage
+    optimizer: object = None  # over what trains now, and the heads
+    lr_scheduler: object = None
+    ema: EMAModel | None = None  # averaged weights
+    stage: str = ""           # the present one
 
     @property
     def plain_model(self): return self.accelerator.unwrap_model(self.model)
 
-# %% ../nbs/16_training.ipynb #c039
+    @property
+    def trained_parameters(self) -> list:
+        "The tensors behind `trained`."
+        found = dict(self.plain_model.named_parameters())
+        return [found[n] for n in self.trained]
+
+    @property
+    def base(self) -> str: return base_digest(self.plain_model, self.trained)  # of what never trains; "" where that is nothing
+
+# %% ../nbs/16_training.ipynb #c040
+def make_optimizer(
+    parameters: list,  # what trains
+    config: TrainConfig,
+):  # torch's AdamW, or bitsandbytes' with moments in 8 bits
+    "The optimiser of a stage. `ImportError` naming what is missing for 8 bits."
+    if config.optimizer == "adamw": return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    try: from bitsandbytes.optim import AdamW8bit
+    except ImportError as error: raise ImportError(f"optimizer='adamw8bit' needs bitsandbytes, which does not import here ({error}): pip install bitsandbytes, or take optimizer='adamw'") from error
+    return AdamW8bit(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+# %% ../nbs/16_training.ipynb #c042
+def enter_stage(parts: Parts, config: TrainConfig, stage: str):
+    "Begin a stage, unless it is the present one."
+    if stage == parts.stage: return
+    plain = parts.accelerator.unwrap_model(parts.model, keep_fp32_wrapper=False)
+    parts.accelerator.free_memory()
+    parts.backbone.model, parts.stage = plain, stage
+    parts.backbone.enter(stage)
+    plain.train()
+    parameters = [*parts.backbone.trainable_parameters(), *(parts.framer.parameters() if parts.framer else [])]
+    optimizer = make_optimizer(parameters, config)
+    parts.lr_scheduler = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=config.warmup_steps)
+    parts.model, parts.optimizer = parts.accelerator.prepare(plain, optimizer)
+    parts.backbone.model = parts.model
+
+# %% ../nbs/16_training.ipynb #c044
+def plan_stages(backbone, config: TrainConfig):
+    "Lengths of PiSA-SR's stages: `pixel_steps`, or the published share of `steps`; `config` then holds the number."
+    if backbone.recipe != "framer-u": return
+    given = config.recipe_options.get("pixel_steps", config.pixel_steps) or max(1, round(0.32 * config.steps))
+    config.pixel_steps = recorded_pixel_steps(config) or given
+    backbone.stages = [(0, "pixel")] + ([(config.pixel_steps, "semantic")] if config.recipe_options.get("semantic_steps", 1) else [])
+
+def recorded_pixel_steps(config: TrainConfig) -> int:
+    "Of a run that is resumed with other `steps`: where its stage changes stays."
+    path = run_path(config.run) / "config.json"
+    if not config.resume or config.pixel_steps or not path.is_file(): return 0
+    try: return int(json.loads(path.read_text()).get("pixel_steps", 0))
+    except ValueError: return 0
+
+# %% ../nbs/16_training.ipynb #c046
+def place(backbone, trained: list[str], config: TrainConfig, device):
+    "Move a backbone to its device, its frozen weights in half precision where training is; checkpointing on where asked."
+    backbone.to(device)
+    if hasattr(backbone.text, "to"): backbone.text.to(device)
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision)
+    names = set(trained)
+    for name, p in backbone.model.named_parameters():
+        if half and name not in names: p.data = p.data.to(half)
+    if config.gradient_checkpointing: backbone.model.enable_gradient_checkpointing()
+    if backbone.recipe == "framer-u" and backbone.perceptual is None and backbone.config.lpips_weight and len(backbone.stages) > 1:
+        backbone.perceptual = lpips_vgg(device)  # what it lacks is better said now than thousands of steps on
+
+# %% ../nbs/16_training.ipynb #c048
+def build_backbone(config: TrainConfig):
+    "The backbone that a configuration asks for."
+    return load_backbone(config.backbone, scale=config.scale, weights=config.weights, seed=config.seed, recipe=config.recipe, trainable=config.trainable, text=config.text,
+                         t5_tokens=config.t5_tokens, offload_text=config.offload_text, download=config.download, **config.recipe_options)
+
+# %% ../nbs/16_training.ipynb #c050
 def build_parts(
     config: TrainConfig,
     log=print,  # told what was chosen
@@ -210,28 +298,28 @@ def build_parts(
     log_with = "tensorboard" if config.tensorboard and importlib.util.find_spec("tensorboard") else None
     accelerator = Accelerator(mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps, log_with=log_with, project_dir=run_path(config.run))
     set_seed(config.seed)
-    backbone = load_backbone(config.backbone, scale=config.scale, weights=config.weights, seed=config.seed)
+    backbone = build_backbone(config)
     log(f"{config.backbone}: {backbone.why}")
-    backbone.to(accelerator.device)
-    backbone.model.train().requires_grad_(True)
+    plan_stages(backbone, config)
+    trained = ever_trained(backbone)
+    place(backbone, trained, config, accelerator.device)
+    backbone.model.train()
     framer = Framer.attach(backbone.model, framer_config({"seed": config.seed, **config.framer_options})) if config.framer else None
-    parameters = [*backbone.model.parameters(), *(framer.parameters() if framer else [])]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    lr_scheduler = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=config.warmup_steps)
-    ema = EMAModel(backbone.model.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75) if config.ema_decay else None
-    model, optimizer = accelerator.prepare(backbone.model, optimizer)
-    backbone.model = model
-    return Parts(accelerator, backbone, model, framer, optimizer, lr_scheduler, ema)
+    parts = Parts(accelerator, backbone, backbone.model, framer, trained)
+    parts.ema = EMAModel(parts.trained_parameters, decay=config.ema_decay, use_ema_warmup=True, power=0.75) if config.ema_decay else None
+    enter_stage(parts, config, backbone.stage_at(0))
+    return parts
 
-# %% ../nbs/16_training.ipynb #c041
+# %% ../nbs/16_training.ipynb #c052
 def capture(
     parts: Parts,
 ) -> tuple[dict, dict]:  # tensors by group, and JSON-able state, as `save_checkpoint` takes them
     "Everything that the next step depends on."
     optimizer, optimizer_state = pack_optimizer(parts.optimizer)
     random, random_state = rng_state()
-    tensors = dict(model=parts.plain_model.state_dict(), optimizer=optimizer, random=random)
-    state = dict(optimizer=optimizer_state, random=random_state, lr_scheduler=parts.lr_scheduler.state_dict(),
+    model = parts.plain_model.state_dict()
+    tensors = dict(model={n: model[n] for n in parts.trained} if parts.base else model, optimizer=optimizer, random=random)
+    state = dict(optimizer=optimizer_state, random=random_state, lr_scheduler=parts.lr_scheduler.state_dict(), stage=parts.stage, base=parts.base,
                  scaler=parts.accelerator.scaler.state_dict() if parts.accelerator.scaler else None)
     if parts.framer: tensors["framer"] = parts.framer.state_dict()
     if parts.ema:
@@ -240,14 +328,17 @@ def capture(
         state["ema"] = ema
     return tensors, state
 
-# %% ../nbs/16_training.ipynb #c044
+# %% ../nbs/16_training.ipynb #c055
 def restore_parts(
     parts: Parts,
     checkpoint,  # `runs.Checkpoint`
+    config: TrainConfig,
 ):
-    "Put a checkpoint back, so that the next step is the one that would have followed."
+    "Put a checkpoint back, so that the next step is the one that would have followed. `ValueError` where it stands on another base."
     tensors, state = checkpoint.tensors, checkpoint.state
-    parts.plain_model.load_state_dict(tensors["model"])
+    if state.get("base", "") != parts.base: raise ValueError(f"the checkpoint stands on base {state.get('base') or 'none'}, the weights given are {parts.base or 'no base'}: give the weights that the run began with")
+    enter_stage(parts, config, state.get("stage") or parts.stage)
+    parts.plain_model.load_state_dict(tensors["model"], strict=not parts.base)
     unpack_optimizer(parts.optimizer, tensors["optimizer"], state["optimizer"])
     parts.lr_scheduler.load_state_dict(state["lr_scheduler"])
     if parts.framer: parts.framer.load_state_dict(tensors["framer"])
@@ -255,7 +346,7 @@ def restore_parts(
     if state["scaler"]: parts.accelerator.scaler.load_state_dict(state["scaler"])
     set_rng_state(tensors["random"], state["random"])
 
-# %% ../nbs/16_training.ipynb #c046
+# %% ../nbs/16_training.ipynb #c057
 def history_terms(
     framer: Framer | None,  # after `loss()`
 ) -> dict:  # means over layers and samples: intra, inter, weights, gates, share of closed HF gates
@@ -265,10 +356,10 @@ def history_terms(
     mean = {k: sum(r[k] for r in rows) / len(rows) for k in ("intra", "inter", "weight_lf", "weight_hf", "gate_lf", "gate_hf", "positive_lf", "positive_hf")}
     return dict(distill_loss=float(framer.terms.loss), **mean, closed_gates_hf=framer.terms.closed_gates()[1])
 
-# %% ../nbs/16_training.ipynb #c048
+# %% ../nbs/16_training.ipynb #c059
 _TERMS = ("positive_lf", "negative_lf", "positive_hf", "negative_hf", "intra", "inter", "weight_lf", "weight_hf", "gate_lf", "gate_hf", "loss")
 
-# %% ../nbs/16_training.ipynb #c049
+# %% ../nbs/16_training.ipynb #c060
 def layers_row(
     step: int,
     framer: Framer,  # after `loss()`
@@ -278,7 +369,7 @@ def layers_row(
     layers = framer.taps.names if framer.config.teacher == "random" else list(rows)
     return dict(step=step, **{f"{k}:{name}": rows[name][k] if name in rows else None for name in layers for k in _TERMS})
 
-# %% ../nbs/16_training.ipynb #c051
+# %% ../nbs/16_training.ipynb #c062
 def read_layers(
     path,  # layers.csv
 ) -> list[dict]:  # rows of step, layer and terms, in forward order; empty where there is no file
@@ -289,7 +380,17 @@ def read_layers(
         rows += [dict(step=wide["step"], layer=l, **{k: wide[f"{k}:{l}"] for k in _TERMS}) for l in layers if wide[f"loss:{l}"] is not None]
     return rows
 
-# %% ../nbs/16_training.ipynb #c055
+# %% ../nbs/16_training.ipynb #c066
+def loss_parts(accelerator: Accelerator, terms: dict) -> dict:
+    "The parts of the backbone's loss, means over processes; nothing where there is only one part, the loss itself."
+    return {k: float(accelerator.reduce(v.detach(), "mean")) for k, v in terms.items()} if len(terms) > 1 else {}
+
+# %% ../nbs/16_training.ipynb #c068
+def autocast(parts: Parts):
+    "The context of a backbone's loss."
+    return nullcontext() if parts.backbone.recipe == "algorithm-1" else parts.accelerator.autocast()
+
+# %% ../nbs/16_training.ipynb #c070
 def train_step(
     parts: Parts,
     batches: list[dict],  # one per micro-step
@@ -301,77 +402,85 @@ def train_step(
     for k, batch in enumerate(batches):
         with accelerator.accumulate(parts.model):
             generator = step_generator(config.seed, step * len(batches) + k, accelerator.process_index)
-            noise = noise_loss(parts.backbone, batch, generator, accelerator.device)
+            with autocast(parts): noise, terms = parts.backbone.training_loss(batch, generator, accelerator.device, step)
             if not noise.isfinite(): raise FloatingPointError(f"step {step}: the noise loss is {float(noise)}; lower learning_rate={config.learning_rate} and go on with -p resume True")
             loss = noise + parts.framer.loss() if parts.framer else noise
             accelerator.backward(loss)
             if accelerator.sync_gradients: norm = accelerator.clip_grad_norm_([p for g in parts.optimizer.param_groups for p in g["params"]], config.max_grad_norm)
             parts.optimizer.step(); parts.optimizer.zero_grad()
-        rows.append(dict(noise_loss=float(accelerator.reduce(noise.detach(), "mean")), **history_terms(parts.framer)))
+        rows.append(dict(noise_loss=float(accelerator.reduce(noise.detach(), "mean")), **loss_parts(accelerator, terms), **history_terms(parts.framer)))
     learning_rate = parts.lr_scheduler.get_last_lr()[0]
     parts.lr_scheduler.step()
-    if parts.ema: parts.ema.step(parts.plain_model.parameters())
+    if parts.ema: parts.ema.step(parts.trained_parameters)
     return dict({k: sum(r[k] for r in rows) / len(rows) for k in rows[0]}, grad_norm=float(norm), learning_rate=learning_rate)
 
-# %% ../nbs/16_training.ipynb #c057
+# %% ../nbs/16_training.ipynb #c072
 def save_figure(run: RunFolder, figure, name: str):
     "Write a figure to figures/<name>.png and close it."
     run.save_figure(figure, name)
     plt.close(figure)
 
-# %% ../nbs/16_training.ipynb #c059
+# %% ../nbs/16_training.ipynb #c074
+def walks(parts: Parts) -> dict:
+    "Ways to sample held-out pictures: title of the row -> `strength`. PiSA-SR has one, its step from the LR picture."
+    return {"one step": 1.0} if parts.backbone.recipe == "framer-u" else {"from noise": 1.0, "from LR, half-way": 0.5}
+
+# %% ../nbs/16_training.ipynb #c076
 def validate(
     parts: Parts,
     run: RunFolder,
     pairs: tuple[Tensor, Tensor],  # hr and lr, in [0, 1]
     config: TrainConfig,
     step: int,  # finished optimiser steps
-) -> tuple[dict, dict]:  # scores of pictures sampled from noise (Algorithm 2), and from the LR latent made half-way noisy
+) -> tuple[dict, dict]:  # scores of pictures sampled from noise (Algorithm 2) or in PiSA-SR's one step; and from the LR latent made half-way noisy, empty for PiSA-SR
     "Restore the held-out pictures with the averaged weights, score them, and save a picture."
     hr, lr = pairs
     noise = starting_noise(parts.backbone, lr, config.seed)
-    with averaged_weights(parts):
-        restored, near = (restore(parts.backbone, lr.to(parts.accelerator.device), noise, config.sampling_steps, s).cpu() for s in (1.0, 0.5))
-    save_figure(run, image_grid({"bicubic": list(bicubic(lr)), "from noise": list(restored), "from LR, half-way": list(near), "HR": list(hr)}, 1.4), f"validation-{step:06d}")
-    return mean_scores(restored, hr), mean_scores(near, hr)
+    with averaged_weights(parts), autocast(parts):
+        made = {title: restore(parts.backbone, lr.to(parts.accelerator.device), noise, config.sampling_steps, s).float().cpu() for title, s in walks(parts).items()}
+    save_figure(run, image_grid({"bicubic": list(bicubic(lr)), **{k: list(v) for k, v in made.items()}, "HR": list(hr)}, 1.4), f"validation-{step:06d}")
+    scores = [mean_scores(v, hr) for v in made.values()]
+    return scores[0], scores[1] if len(scores) > 1 else {}
 
-# %% ../nbs/16_training.ipynb #c061
+# %% ../nbs/16_training.ipynb #c078
 class averaged_weights:
     "Within this context the model has its averaged weights and is in evaluation mode."
     def __init__(self, parts: Parts): self.parts = parts
 
     def __enter__(self):
-        parameters = list(self.parts.plain_model.parameters())
+        parameters = self.parts.trained_parameters
         if self.parts.ema: self.parts.ema.store(parameters); self.parts.ema.copy_to(parameters)
         self.parts.backbone.model = self.parts.plain_model.eval()  # not the wrapper: only one process validates
 
     def __exit__(self, *exc):
-        if self.parts.ema: self.parts.ema.restore(self.parts.plain_model.parameters())
+        if self.parts.ema: self.parts.ema.restore(self.parts.trained_parameters)
         self.parts.backbone.model = self.parts.model.train()
 
-# %% ../nbs/16_training.ipynb #c063
+# %% ../nbs/16_training.ipynb #c080
 def checkpoint_bytes(
     parts: Parts,
     keep: int,  # checkpoints kept
 ) -> int:
-    "Disk space that a run's checkpoints take, one more than are kept: model, average and two moments, and the heads."
-    model = sum(p.numel() * p.element_size() for p in parts.plain_model.parameters())
+    "Disk space that a run's checkpoints take, one more than are kept: what trains of the model, its average and two moments, and the heads; and the saved model."
+    model = sum(p.numel() * p.element_size() for p in parts.trained_parameters)
     heads = sum(p.numel() * p.element_size() for p in parts.framer.parameters()) if parts.framer else 0
-    return (keep + 1) * (4 * model + 3 * heads) + 50_000_000
+    saved = sum(p.numel() * p.element_size() for p in parts.plain_model.parameters()) if parts.base else 0
+    return (keep + 1) * (4 * model + 3 * heads) + saved + 50_000_000
 
-# %% ../nbs/16_training.ipynb #c064
-MAY_CHANGE = ("steps", "num_workers", "keep_checkpoints", "checkpoint_every", "validate_every", "tensorboard")  # of no influence on the weights
+# %% ../nbs/16_training.ipynb #c081
+MAY_CHANGE = ("steps", "num_workers", "keep_checkpoints", "checkpoint_every", "validate_every", "tensorboard", "download", "offload_text")  # of no influence on the weights
 
-# %% ../nbs/16_training.ipynb #c066
+# %% ../nbs/16_training.ipynb #c083
 def what_bits_depend_on(
     photographs: list[Path],  # of training
-    accelerator: Accelerator,
-) -> dict:  # processes, device, number of photographs, and a digest of their names and sizes
+    parts: Parts,
+) -> dict:  # processes, device, recipe, frozen base, number of photographs, and a digest of their names and sizes
     "Recorded in config.json beside the parameters, and compared on resuming."
-    names = "".join(f"{p.name}:{p.stat().st_size};" for p in photographs)
-    return dict(processes=accelerator.num_processes, device=accelerator.device.type, photographs=len(photographs), digest=hashlib.sha256(names.encode()).hexdigest()[:16])
+    names, accelerator = "".join(f"{p.name}:{p.stat().st_size};" for p in photographs), parts.accelerator
+    return dict(processes=accelerator.num_processes, device=accelerator.device.type, recipe=parts.backbone.recipe, base=parts.base,
+                photographs=len(photographs), digest=hashlib.sha256(names.encode()).hexdigest()[:16])
 
-# %% ../nbs/16_training.ipynb #c069
+# %% ../nbs/16_training.ipynb #c086
 class Log:
     "The files a run writes as it goes: history.csv, layers.csv, validation.csv, TensorBoard. Cut back to the checkpoint on resuming."
     def __init__(self, run: RunFolder, parts: Parts):
@@ -389,7 +498,7 @@ class Log:
         self.layers.close(); self.validation.close()
         for tracker in self.accelerator.trackers: tracker.finish()
 
-# %% ../nbs/16_training.ipynb #c070
+# %% ../nbs/16_training.ipynb #c087
 def go_on(
     parts: Parts,
     run: RunFolder,
@@ -398,17 +507,17 @@ def go_on(
     "Put the newest checkpoint back where the run is resumed."
     checkpoint = run.load_checkpoint() if config.resume else None
     if checkpoint is None: return 0
-    restore_parts(parts, checkpoint)
+    restore_parts(parts, checkpoint, config)
     return checkpoint.step
 
-# %% ../nbs/16_training.ipynb #c073
+# %% ../nbs/16_training.ipynb #c090
 def record_validation(parts: Parts, run: RunFolder, files: Log, pairs, config: TrainConfig, step: int):
     "Validate and write the means to validation.csv."
     scores, near = validate(parts, run, pairs, config, step)
     means = lambda s, suffix: {k + suffix: v for k, v in s.items() if isinstance(v, float)}
     files.validation.append(dict(step=step, **means(scores, ""), **means(near, "_from_lr")))
 
-# %% ../nbs/16_training.ipynb #c075
+# %% ../nbs/16_training.ipynb #c092
 def after_step(parts: Parts, run: RunFolder, files: Log, pairs, config: TrainConfig, row: dict, progress, on_log):
     "Write what is due after a step."
     step, last = row["step"], row["step"] == config.steps
@@ -420,7 +529,7 @@ def after_step(parts: Parts, run: RunFolder, files: Log, pairs, config: TrainCon
     if last or due(config.validate_every): record_validation(parts, run, files, pairs, config, step)
     if last or due(config.checkpoint_every): run.save_checkpoint(step, *capture(parts), keep=config.keep_checkpoints)
 
-# %% ../nbs/16_training.ipynb #c077
+# %% ../nbs/16_training.ipynb #c094
 def quarters(
     images: Tensor,  # (N, C, 2h, 2w)
 ) -> Tensor:  # (4N, C, h, w), the four quarters of an image one after another
@@ -428,17 +537,18 @@ def quarters(
     n, c, h, w = images.shape
     return images.reshape(n, c, 2, h // 2, 2, w // 2).permute(0, 2, 4, 1, 3, 5).reshape(4 * n, c, h // 2, w // 2)
 
-# %% ../nbs/16_training.ipynb #c079
+# %% ../nbs/16_training.ipynb #c096
 def finish(parts: Parts, run: RunFolder, files: Log, pairs, config: TrainConfig, log=print):
     "The end of a run: figures, layer similarities, metrics.json, and the model as diffusers saves it."
     hr, lr = (p.to(parts.accelerator.device) for p in pairs)
     scores, near = validate(parts, run, pairs, config, config.steps)
     with averaged_weights(parts):
-        similarity = layer_similarity(parts.backbone, quarters(hr), quarters(lr), seed=config.seed)
-        through = torch.cat([parts.backbone.decode(parts.backbone.encode(x[None] * 2 - 1)) for x in hr]).float() / 2 + 0.5
-        parts.backbone.save_pretrained(run.path / "model")
+        with torch.no_grad(), autocast(parts):
+            similarity = layer_similarity(parts.backbone, quarters(hr), quarters(lr), timesteps=(1,) if parts.backbone.recipe == "framer-u" else (300, 700), seed=config.seed)
+            through = torch.cat([parts.backbone.decode(parts.backbone.encode(x[None] * 2 - 1)) for x in hr]).float() / 2 + 0.5
+        save_backbone(parts.backbone, run.path / "model")
     rows = read_history(run.path / "validation.csv")
-    metrics = dict(steps=config.steps, bicubic=mean_scores(bicubic(pairs[1]), pairs[0]), autoencoder=mean_scores(through.cpu().clamp(0, 1), pairs[0]),
+    metrics = dict(steps=config.steps, recipe=parts.backbone.recipe, stages=[list(s) for s in parts.backbone.stages], bicubic=mean_scores(bicubic(pairs[1]), pairs[0]), autoencoder=mean_scores(through.cpu().clamp(0, 1), pairs[0]),
                    before={k: rows[0].get(k) for k in ("psnr", "ssim")}, after=scores, after_from_lr=near, noise_loss=ends(files.recent, "noise_loss"),
                    step_seconds_median=float(torch.tensor([r["seconds"] for r in files.recent]).median()), closed_gates_hf=ends(files.recent, "closed_gates_hf"), similarity=similarity)
     run.write_metrics(metrics)
@@ -446,7 +556,7 @@ def finish(parts: Parts, run: RunFolder, files: Log, pairs, config: TrainConfig,
     if parts.framer: save_figure(run, layer_figure(read_layers(run.path / "layers.csv"), config.run), "layers")
     log(f"finished: {run.path}")
 
-# %% ../nbs/16_training.ipynb #c081
+# %% ../nbs/16_training.ipynb #c098
 def ends(
     history: list[dict],  # rows of history.csv
     key: str,  # a column
@@ -457,7 +567,7 @@ def ends(
     n = max(1, round(len(values) * share))
     return dict(first=sum(values[:n]) / n, last=sum(values[-n:]) / n) if values else None
 
-# %% ../nbs/16_training.ipynb #c084
+# %% ../nbs/16_training.ipynb #c101
 def train(
     config: TrainConfig,
     on_log=None,  # called with all rows of history.csv so far, every `log_layers_every` steps
@@ -467,9 +577,10 @@ def train(
     photographs = find_photographs(config.data, config.size, log)
     pairs = validation_pairs(find_photographs(config.validation_data, config.validation_size, log), config.validation_size, config.preset)
     parts = build_parts(config, log)
+    captions = read_captions(project_path(config.captions)) if config.captions else None
     accelerator, main = parts.accelerator, parts.accelerator.is_main_process
-    dataset = PairDataset(photographs, size=config.size, preset=config.preset, seed=config.seed)
-    record = dict(asdict(config), fixed=what_bits_depend_on(photographs, accelerator))
+    dataset = PairDataset(photographs, size=config.size, preset=config.preset, seed=config.seed, captions=captions)
+    record = dict(asdict(config), fixed=what_bits_depend_on(photographs, parts))
     run = open_run(config.run, record, config.resume, may_change=MAY_CHANGE, needed_bytes=checkpoint_bytes(parts, config.keep_checkpoints), log=log) if main else RunFolder(config.run)
     accelerator.wait_for_everyone()
     files = None
@@ -482,6 +593,7 @@ def train(
         progress = tqdm(range(start, config.steps), initial=start, total=config.steps, desc=config.run, disable=not main)
         for step in progress:
             started = time.perf_counter()
+            enter_stage(parts, config, parts.backbone.stage_at(step))
             row = train_step(parts, [next(batches) for _ in range(micro)], config, step)
             if main: after_step(parts, run, files, pairs, config, dict(step=step + 1, **row, seconds=time.perf_counter() - started), progress, on_log)
         if main and on_log: on_log(files.recent)
