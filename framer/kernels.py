@@ -33,6 +33,12 @@ def _falloff(q: Tensor, kind: str, beta: float) -> Tensor:
     return torch.exp(-0.5 * q ** (beta if kind.startswith("generalized") else 1.0))
 
 # %% ../nbs/05a_kernels.ipynb #c013
+def _check_size(size: int) -> None:
+    "A kernel has a middle pixel."
+    if size % 2 == 0 or size < 1:
+        raise ValueError(f"size={size}: a kernel needs a middle pixel, so an odd size such as {max(0, size) // 2 * 2 + 1}")
+
+# %% ../nbs/05a_kernels.ipynb #c015
 def blur_kernel(
     kind: str,  # one of `KINDS`
     size: int,  # side in pixels, odd
@@ -52,12 +58,7 @@ def blur_kernel(
     kernel = _falloff(_distance(size, sigma_x, sigma_y, angle), kind, beta)
     return kernel / kernel.sum()
 
-def _check_size(size: int) -> None:
-    "A kernel has a middle pixel."
-    if size % 2 == 0 or size < 1:
-        raise ValueError(f"size={size}: a kernel needs a middle pixel, so an odd size such as {max(0, size) // 2 * 2 + 1}")
-
-# %% ../nbs/05a_kernels.ipynb #c017
+# %% ../nbs/05a_kernels.ipynb #c019
 def sinc_kernel(
     cutoff: float,  # in radians per pixel, (0, pi]; smaller blurs and rings more
     size: int,  # side in pixels, odd
@@ -72,7 +73,7 @@ def sinc_kernel(
     kernel[size // 2, size // 2] = cutoff**2 / (4 * math.pi)
     return kernel / kernel.sum()
 
-# %% ../nbs/05a_kernels.ipynb #c021
+# %% ../nbs/05a_kernels.ipynb #c023
 @dataclass(frozen=True)
 class Kernel:
     "A blur kernel as it was drawn. A sinc has a cutoff; the others have spreads, an angle and a shape."
@@ -84,6 +85,7 @@ class Kernel:
     beta: float = 1.0  # shape of the generalized and plateau families
     cutoff: float = 0.0  # of a sinc, radians per pixel
 
+# %% ../nbs/05a_kernels.ipynb #c025
 def kernel_values(
     kernel: Kernel,  # what was drawn
 ) -> Tensor:  # (size, size) float64, sum 1
@@ -92,13 +94,15 @@ def kernel_values(
         return sinc_kernel(kernel.cutoff, kernel.size)
     return blur_kernel(kernel.kind, kernel.size, kernel.sigma_x, kernel.sigma_y, kernel.angle, kernel.beta)
 
-# %% ../nbs/05a_kernels.ipynb #c026
+# %% ../nbs/05a_kernels.ipynb #c030
 def _pad(image: Tensor, y: int, x: int) -> Tensor:
-    "Mirror `y` rows and `x` columns at each border; repeat the last pixel where a side is too short."
-    height, width = image.shape[-2:]
-    return F.pad(image, (x, x, y, y), mode="reflect" if width > x and height > y else "replicate")
+    "Mirror `y` rows and `x` columns at each border; repeat the last pixel along a side that is too short."
+    modes = ["reflect" if side > border else "replicate" for side, border in zip(image.shape[-2:], (y, x))]
+    if modes[0] == modes[1]:
+        return F.pad(image, (x, x, y, y), mode=modes[0])
+    return F.pad(F.pad(image, (0, 0, y, y), mode=modes[0]), (x, x, 0, 0), mode=modes[1])
 
-# %% ../nbs/05a_kernels.ipynb #c029
+# %% ../nbs/05a_kernels.ipynb #c033
 @functools.lru_cache(1024)
 def _fast_length(n: int) -> int:
     "The smallest even length >= n whose only prime factors are 2, 3 and 5."
@@ -109,7 +113,7 @@ def _fast_length(n: int) -> int:
         if rest == 1 and n % 2 == 0: return n
         n += 1
 
-# %% ../nbs/05a_kernels.ipynb #c032
+# %% ../nbs/05a_kernels.ipynb #c036
 def blur(
     image: Tensor,  # (..., C, H, W)
     kernel: Tensor,  # (kh, kw), or (B, kh, kw) for a batch (B, C, H, W); odd sides
@@ -124,7 +128,7 @@ def blur(
     blurred = torch.fft.irfft2(torch.fft.rfft2(padded, s=size) * (weight[:, None] if kernel.dim() == 3 else weight), s=size)
     return blurred[..., : image.shape[-2], : image.shape[-1]].contiguous()
 
-# %% ../nbs/05a_kernels.ipynb #c036
+# %% ../nbs/05a_kernels.ipynb #c040
 @functools.lru_cache(16)
 def _band(taps: int, sigma: float, width: int) -> Tensor:
     "(width + taps - 1, width): column i is the Gaussian, shifted down by i."
@@ -133,7 +137,7 @@ def _band(taps: int, sigma: float, width: int) -> Tensor:
     for i in range(width): band[i : i + taps, i] = row / row.sum()
     return band
 
-# %% ../nbs/05a_kernels.ipynb #c039
+# %% ../nbs/05a_kernels.ipynb #c043
 def _blur_columns(plane: Tensor, band: Tensor) -> Tensor:
     "(H, W) blurred along H: strips of rows, each (width + taps - 1, W), times the band."
     (reach, width), height = band.shape, plane.shape[0]
@@ -141,6 +145,7 @@ def _blur_columns(plane: Tensor, band: Tensor) -> Tensor:
     padded = F.pad(_pad(plane[None], border, 0)[0], (0, 0, 0, -height % width))
     return torch.matmul(band.T, padded.unfold(0, reach, width).transpose(1, 2)).reshape(-1, plane.shape[1])[:height]
 
+# %% ../nbs/05a_kernels.ipynb #c045
 def gaussian_blur(
     image: Tensor,  # (..., H, W)
     taps: int,  # odd
@@ -151,7 +156,7 @@ def gaussian_blur(
     planes = [_blur_columns(_blur_columns(p, band).T, band).T for p in image.reshape(-1, *image.shape[-2:])]
     return torch.stack(planes).reshape(image.shape)
 
-# %% ../nbs/05a_kernels.ipynb #c043
+# %% ../nbs/05a_kernels.ipynb #c049
 def sharpen(
     image: Tensor,  # (..., 3, H, W) in [0, 1]
     weight: float = 0.5,  # how much of the difference is added
