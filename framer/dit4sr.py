@@ -369,8 +369,9 @@ class DiT4SR:
         self.enter(self.stage_at(0))
 
     def to(self, device):
-        "Move model and autoencoder; returns the backbone."
+        "Move model, autoencoder and text encoders; returns the backbone."
         self.model.to(device); self.vae.to(device)
+        if hasattr(self.text, "to"): self.text.to(device)
         return self
 
 # %% ../nbs/12a_dit4sr.ipynb #c080
@@ -389,16 +390,23 @@ def _trainable_parameters(self) -> list[nn.Parameter]: return [p for p in self.m
 DiT4SR.stages, DiT4SR.stage_at, DiT4SR.enter, DiT4SR.trainable_parameters = property(_stages), _stage_at, _enter, _trainable_parameters
 
 # %% ../nbs/12a_dit4sr.ipynb #c082
+def _captions(caption, batch: int) -> list[str]:
+    "One caption per picture: a list of them, one for all, or None for none. `ValueError` if their number is another."
+    captions = [caption or ""] * batch if caption is None or isinstance(caption, str) else list(caption)
+    if len(captions) != batch: raise ValueError(f"{len(captions)} captions for {batch} pictures: expected one each")
+    return captions
+
+# %% ../nbs/12a_dit4sr.ipynb #c084
 def _embed(self, caption, batch: int, device) -> dict[str, Tensor]:
-    "Text embeddings of `batch` captions: a list of strings, embeddings already (a dict), or None for no caption. `ValueError` if their number is another."
-    found = caption if isinstance(caption, dict) else self.text(list(caption) if caption is not None else [""] * batch)
+    "Text embeddings of `batch` captions, or embeddings already (a dict). `ValueError` if their number is another."
+    found = caption if isinstance(caption, dict) else self.text(_captions(caption, batch))
     found = {k: found[k].to(device) for k in ("encoder_hidden_states", "pooled_projections")}
-    if (n := len(found["pooled_projections"])) != batch: raise ValueError(f"{n} captions for {batch} pictures: expected one each")
+    if (n := len(found["pooled_projections"])) != batch: raise ValueError(f"text embeddings of {n} captions for {batch} pictures: expected one each")
     return found
 
 DiT4SR.embed = torch.no_grad()(_embed)
 
-# %% ../nbs/12a_dit4sr.ipynb #c084
+# %% ../nbs/12a_dit4sr.ipynb #c086
 @torch.no_grad()
 def _condition(self, lr: Tensor, hr_size: tuple[int, int], caption=None) -> dict[str, Tensor]:
     "What `predict` needs beside latents and timesteps, for LR pictures (B, 3, h, w) in [0, 1]: `lr_latents`, `encoder_hidden_states`, `pooled_projections`."
@@ -408,7 +416,7 @@ DiT4SR.condition = _condition
 DiT4SR.encode = torch.no_grad()(lambda self, images, generator=None: encode(self.vae, images, generator))  # (B, 3, H, W) in [-1, 1] -> (B, 16, H/8, W/8)
 DiT4SR.decode = torch.no_grad()(lambda self, latents: decode(self.vae, latents))  # the inverse
 
-# %% ../nbs/12a_dit4sr.ipynb #c086
+# %% ../nbs/12a_dit4sr.ipynb #c088
 def _predict(self, noisy_latents: Tensor, timesteps: Tensor, condition: dict, control_scale: float | None = None) -> Tensor:
     "Predicted velocity noise - latents (B, 16, h, w), in the precision of `noisy_latents`. `control_scale=None` takes the model's."
     dtype = next(self.model.parameters()).dtype
@@ -417,12 +425,11 @@ def _predict(self, noisy_latents: Tensor, timesteps: Tensor, condition: dict, co
 
 DiT4SR.predict = _predict
 
-# %% ../nbs/12a_dit4sr.ipynb #c088
+# %% ../nbs/12a_dit4sr.ipynb #c090
 def _without_some(self, caption, drop: Tensor, device) -> dict[str, Tensor]:
     "Embeddings of the captions, of \"\" where `drop` (B,) is true. `ValueError` if given embeddings have another length than those of \"\"."
     if not isinstance(caption, dict):
-        caption = list(caption) if caption is not None else [""] * len(drop)
-        return self.embed(["" if d else c for c, d in zip(caption, drop, strict=True)], len(drop), device)
+        return self.embed(["" if d else c for c, d in zip(_captions(caption, len(drop)), drop)], len(drop), device)
     given, null = self.embed(caption, len(drop), device), self.embed([""], 1, device)
     if any(given[k].shape[1:] != null[k].shape[1:] for k in given): raise ValueError(f"cached text embeddings {[tuple(v.shape) for v in given.values()]} do not match those of an empty caption {[tuple(v.shape) for v in null.values()]}: cache both with the same encoders and lengths")
     where = drop.to(device)
@@ -430,7 +437,7 @@ def _without_some(self, caption, drop: Tensor, device) -> dict[str, Tensor]:
 
 DiT4SR.without_some = _without_some
 
-# %% ../nbs/12a_dit4sr.ipynb #c090
+# %% ../nbs/12a_dit4sr.ipynb #c092
 def _training_loss(self, batch: dict, generator: torch.Generator, device="cpu", step: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
     """Flow matching's loss, and its parts without gradients. `batch` holds `hr` (B, 3, H, W) and `lr` in [0, 1] and `caption`, or what was cached of them:
     `latents`, `lr_latents`, `encoder_hidden_states`, `pooled_projections`. `generator` is on the CPU and draws noise, timesteps and dropped captions."""
@@ -449,7 +456,7 @@ def _training_loss(self, batch: dict, generator: torch.Generator, device="cpu", 
 
 DiT4SR.training_loss = _training_loss
 
-# %% ../nbs/12a_dit4sr.ipynb #c092
+# %% ../nbs/12a_dit4sr.ipynb #c094
 def _guided(self, condition: dict, guidance_scale: float, negative: str, control_scale: float | None):
     "Function (latents, timesteps) -> velocity, with classifier-free guidance when `guidance_scale` > 1."
     if guidance_scale <= 1: return lambda x, t: self.predict(x, t, condition, control_scale)
@@ -463,14 +470,14 @@ def _guided(self, condition: dict, guidance_scale: float, negative: str, control
 
 DiT4SR.guided = _guided
 
-# %% ../nbs/12a_dit4sr.ipynb #c094
+# %% ../nbs/12a_dit4sr.ipynb #c096
 def _starting_noise(noise, shape: tuple, like: Tensor) -> Tensor:
     "Noise of `shape`: as given, drawn from a generator, or drawn anew. `ValueError` for another shape."
     if not isinstance(noise, Tensor): noise = torch.randn(shape, generator=noise, device=getattr(noise, "device", "cpu"))
     if noise.shape != shape: raise ValueError(f"noise has shape {tuple(noise.shape)}; this picture needs {tuple(shape)}")
     return noise.to(like.device)
 
-# %% ../nbs/12a_dit4sr.ipynb #c096
+# %% ../nbs/12a_dit4sr.ipynb #c098
 @torch.no_grad()
 def _restore(self, lr: Tensor, noise: Tensor | torch.Generator | None = None, steps: int = 40, strength: float = 1.0, guidance_scale: float = 1.0,
              caption=None, negative: str = "", control_scale: float = 1.2) -> Tensor:
@@ -486,23 +493,25 @@ def _restore(self, lr: Tensor, noise: Tensor | torch.Generator | None = None, st
 
 DiT4SR.restore = _restore
 
-# %% ../nbs/12a_dit4sr.ipynb #c098
+# %% ../nbs/12a_dit4sr.ipynb #c100
 def _save_pretrained(self, folder: str | Path):
     "Write model and schedule as diffusers does. FRAMER leaves no trace in them."
-    folder = Path(folder)
-    aside, old = (folder.with_name(f".{folder.name}.{end}-{os.getpid()}") for end in ("new", "old"))
+    folder = Path(folder).resolve()
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         _unwrapped(self.model).save_pretrained(aside, safe_serialization=True)
         self.objective.noise_scheduler.save_pretrained(aside / "scheduler")
-        if folder.exists(): folder.rename(old)
-        aside.rename(folder)
-    finally:
-        if old.exists() and not folder.exists(): old.rename(folder)
-        for p in (aside, old): shutil.rmtree(p, ignore_errors=True)
+        fresh = [p.relative_to(aside) for p in aside.rglob("*") if p.is_file()]
+        for p in fresh:
+            (folder / p).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(aside / p, folder / p)
+        for p in folder.glob("diffusion_pytorch_model*"):  # parts of an older model
+            if p.relative_to(folder) not in fresh: p.unlink()
+    finally: shutil.rmtree(aside, ignore_errors=True)
 
 DiT4SR.save_pretrained = _save_pretrained
 
-# %% ../nbs/12a_dit4sr.ipynb #c100
+# %% ../nbs/12a_dit4sr.ipynb #c102
 def _load_backbone(cls, folder: str | Path, vae=None, text=None, dtype: torch.dtype | None = None, **options):
     "A backbone from a folder of `save_pretrained`, or from SD 3's transformer. `options` are those of `DiT4SR`; the shift is the saved one."
     model = DiT4SRTransformer2DModel.from_pretrained(folder, **({} if dtype is None else {"torch_dtype": dtype}))
@@ -511,7 +520,7 @@ def _load_backbone(cls, folder: str | Path, vae=None, text=None, dtype: torch.dt
 
 DiT4SR.from_pretrained = classmethod(_load_backbone)
 
-# %% ../nbs/12a_dit4sr.ipynb #c102
+# %% ../nbs/12a_dit4sr.ipynb #c104
 def half_frozen(
     backbone: DiT4SR,
     dtype: torch.dtype = torch.bfloat16,  # of all parameters that do not train
@@ -520,7 +529,7 @@ def half_frozen(
     for p in backbone.model.parameters(): p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
     return backbone
 
-# %% ../nbs/12a_dit4sr.ipynb #c105
+# %% ../nbs/12a_dit4sr.ipynb #c107
 def tiny_dit4sr(
     seed: int = 0,  # of the weights
     why: str = "",  # why this size was chosen

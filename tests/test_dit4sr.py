@@ -334,9 +334,10 @@ def test_backbone_folder(tmp_path):
     backbone = tiny_dit4sr(3, shift=3.0)
     awake(backbone.model, 0.1)
     target = tmp_path / "run/model"
-    target.mkdir(parents=True); (target / "stale.txt").write_text("of an older model")
+    target.mkdir(parents=True); (target / "notes.txt").write_text("mine"); (target / "diffusion_pytorch_model-00002-of-00002.safetensors").write_text("of an older model")
     backbone.save_pretrained(target)
-    assert sorted(p.name for p in tmp_path.joinpath("run").iterdir()) == ["model"] and not (target / "stale.txt").exists()
+    assert sorted(p.name for p in tmp_path.joinpath("run").iterdir()) == ["model"]
+    assert sorted(p.name for p in target.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors", "notes.txt", "scheduler"]
     assert set(load_file(target / "diffusion_pytorch_model.safetensors")) == set(backbone.model.state_dict())
     again = DiT4SR.from_pretrained(target, trainable="all")
     assert again.shift == 3.0 and all(torch.equal(v, again.model.state_dict()[k]) for k, v in backbone.model.state_dict().items())
@@ -386,6 +387,7 @@ def test_captions_are_dropped_one_by_one():
     asked = [c for call in text.asked for c in call]
     share = asked.count("") / len(asked)
     assert len(asked) == 240 and 0.12 < share < 0.28 and len({tuple(c == "" for c in call) for call in text.asked}) > 10
+    with pytest.raises(ValueError, match="3 captions for 16 pictures"): backbone.training_loss({**batch, "caption": ["a"] * 3}, torch.Generator(), "cpu")
     text.asked.clear()
     for _ in range(2): backbone.training_loss(batch, torch.Generator().manual_seed(3), "cpu")
     assert text.asked[0] == text.asked[1]
@@ -448,6 +450,9 @@ def test_framer_takes_every_block_at_full_size():
     table = taps.table()
     assert [r["name"] for r in table] == [f"transformer_blocks.{i}" for i in range(24)] and {r["channels"] for r in table} == {1536} and not taps.multiscale
     assert [r["role"] for r in table] == ["student"] * 23 + ["teacher"] and {r["kind"] for r in table} == {"DiT4SRBlock"}
+    with torch.device("meta"), Recorder(model.train(), taps) as recorder:  # 512 x 768 pixels, 154 tokens of text
+        out = model(torch.zeros(1, 16, 64, 96), torch.zeros(1, 16, 64, 96), torch.zeros(1, 154, 4096), torch.zeros(1, 2048), torch.zeros(1)).sample
+        assert out.shape == (1, 16, 64, 96) and [m.shape for m in recorder.features] == [(1, 1536, 32, 48)] * 24
 
 
 @pytest.mark.parametrize("text", [4, 15, 30])
