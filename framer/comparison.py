@@ -10,12 +10,14 @@ __all__ = ['MIN_PAIRS', 'METHODS', 'sign', 'score_rows', 'image_keys', 'column',
            'escape_tex', 'to_latex', 'html_table', 'to_html', 'to_csv', 'write_text', 'write_table',
            'paired_differences', 'bootstrap_interval', 'signed_rank', 'holm', 'paired_statistics', 'significance',
            'scatter_figure', 'difference_figure', 'extremes', 'crop_window', 'crop_figure', 'method_folders',
-           'size_differences', 'scores_csv', 'example_results']
+           'size_differences', 'scores_csv', 'example_pair', 'example_results', 'save_scores', 'describe',
+           'read_evaluation', 'ComparisonConfig', 'score_methods', 'load_columns', 'pair_figures']
 
 # %% ../nbs/21_comparison.ipynb #c002
 import csv
 import html
 import io
+import json
 import os
 import re
 from collections import Counter
@@ -25,8 +27,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from PIL import Image
-from .evaluation import RULES, match_files, stem_key
+from .evaluation import RULES, evaluate, image_files, match_files, read_image, stem_key
 from .metrics import PROTOCOLS, Rows, Scores
+from .photographs import load_photograph
+from .runs import run_path
 
 # %% ../nbs/21_comparison.ipynb #c007
 _BETTER = dict(psnr="higher", ssim="higher", lpips="lower", dists="lower", niqe="lower", maniqa="higher", musiq="higher", clipiqa="higher", fid="lower")
@@ -111,6 +115,8 @@ def make_cell(
         return Cell(float(whole), len(score_rows(scores)), len(keys), why)
     if not values:
         return Cell(of=len(keys), reason=why or ("no image that every method has" if only is not None else "no value for any image"))
+    absent = sorted(keys - set(image_keys([row["image"] for row in score_rows(scores)], rules)))
+    why = "; ".join(filter(None, [f"no file for {', '.join(absent[:3])}" + (", ..." if len(absent) > 3 else "") if absent else "", why]))
     return Cell(float(np.mean(values)), len(values), len(keys), why if len(values) < len(keys) else "")
 
 # %% ../nbs/21_comparison.ipynb #c028
@@ -542,6 +548,13 @@ def paired_statistics(
     return row
 
 # %% ../nbs/21_comparison.ipynb #c136
+def _unpaired(a, b, metric: str) -> str:
+    "Why two methods have no differences in a metric, '' where the scores do not say."
+    if all(metric in getattr(scores, "sets", {}) for scores in (a, b)):
+        return "one number for the whole set: nothing to pair"
+    return next((scores.missing[metric] for scores in (a, b) if metric in getattr(scores, "missing", {})), "")
+
+# %% ../nbs/21_comparison.ipynb #c139
 def significance(
     results: dict,  # {method: scores}, or {test set: {method: scores}}
     pairs,  # {baseline: FRAMER method}
@@ -558,13 +571,14 @@ def significance(
                 continue
             rows = []
             for metric in _listed_metrics({a: methods[a], b: methods[b]}, metrics, name):
-                _, x, d = paired_differences(methods[a], methods[b], metric, better, rules)
-                rows.append({**(dict(testset=name) if name else {}), "baseline": a, "method": b, "metric": metric, **paired_statistics(d, x.mean() if len(x) else None, **how)})
+                both, x, d = paired_differences(methods[a], methods[b], metric, better, rules)
+                row = {**(dict(testset=name) if name else {}), "baseline": a, "method": b, "metric": metric, **paired_statistics(d, x.mean() if len(x) else None, **how)}
+                rows.append(row if both else {**row, "note": _unpaired(methods[a], methods[b], metric) or row["note"]})
             for row, corrected in zip(rows, holm([row["p"] for row in rows])):
                 out.append({**{key: value for key, value in row.items() if key != "note"}, "p_holm": corrected, "note": row["note"]})
     return out
 
-# %% ../nbs/21_comparison.ipynb #c139
+# %% ../nbs/21_comparison.ipynb #c142
 def scatter_figure(
     baseline,  # (n,) scores of the baseline
     framer,  # (n,) scores of the other method, the same images
@@ -586,7 +600,7 @@ def scatter_figure(
     ax.set_title(f"{names[1]} better on {wins} of {len(x)} (shaded side)", fontsize=9)
     return fig
 
-# %% ../nbs/21_comparison.ipynb #c142
+# %% ../nbs/21_comparison.ipynb #c145
 def difference_figure(
     differences: dict,  # metric -> (n,) oriented differences
     title: str = "",
@@ -606,7 +620,7 @@ def difference_figure(
     fig.suptitle(title, fontsize=9)
     return fig
 
-# %% ../nbs/21_comparison.ipynb #c145
+# %% ../nbs/21_comparison.ipynb #c148
 def extremes(
     keys: list,  # image keys
     differences,  # (n,) oriented differences
@@ -617,7 +631,7 @@ def extremes(
     count = min(count, len(order) // 2) if len(order) > 1 else len(order)
     return order[:count], order[::-1][:count] if len(order) > 1 else []
 
-# %% ../nbs/21_comparison.ipynb #c148
+# %% ../nbs/21_comparison.ipynb #c151
 def crop_window(
     first: np.ndarray,  # (H, W, 3)
     second: np.ndarray,  # (H, W, 3)
@@ -634,7 +648,7 @@ def crop_window(
     top, left = np.unravel_index(int(windows.argmax()), windows.shape)
     return int(top), int(left), height, width
 
-# %% ../nbs/21_comparison.ipynb #c151
+# %% ../nbs/21_comparison.ipynb #c154
 def crop_figure(
     rows: dict,  # title of a row -> {title of a column: (H, W, 3) uint8 array}; columns of one row share one scene
     between: tuple,  # the two columns that decide where to look
@@ -655,7 +669,7 @@ def crop_figure(
             ax.set_title((f"{title}\n" if name == columns[0] else "") + f"{name}\n{(captions or {}).get(title, {}).get(name, '')}".strip(), fontsize=7)
     return fig
 
-# %% ../nbs/21_comparison.ipynb #c154
+# %% ../nbs/21_comparison.ipynb #c157
 def method_folders(
     results,  # {method: folder}, or a folder whose subfolders are the methods
     root=None,  # where relative folders are looked for; None is the working directory
@@ -674,7 +688,7 @@ def method_folders(
         raise FileNotFoundError(f"results: no such folder: {'; '.join(absent)}")
     return folders
 
-# %% ../nbs/21_comparison.ipynb #c157
+# %% ../nbs/21_comparison.ipynb #c160
 def _image_size(path) -> tuple:
     "(width, height) from a file's header; None where it cannot be read, which the scoring will report."
     try:
@@ -682,7 +696,7 @@ def _image_size(path) -> tuple:
     except Exception:  # decoders raise many kinds of errors
         return None
 
-# %% ../nbs/21_comparison.ipynb #c160
+# %% ../nbs/21_comparison.ipynb #c163
 def size_differences(
     folders: dict,  # method -> folder of results
     references,  # folder of references
@@ -697,7 +711,7 @@ def size_differences(
                 out.append(f"{method}/{result.name} is {sizes[0][0]}x{sizes[0][1]}, its reference {reference.name} {sizes[1][0]}x{sizes[1][1]}")
     return out
 
-# %% ../nbs/21_comparison.ipynb #c163
+# %% ../nbs/21_comparison.ipynb #c166
 def scores_csv(
     results: dict,  # {method: scores}
 ) -> str:
@@ -712,28 +726,192 @@ def scores_csv(
             writer.writerow([method, row["image"], *("" if cell is None else repr(float(cell)) for cell in cells)])
     return out.getvalue()
 
-# %% ../nbs/21_comparison.ipynb #c166
+# %% ../nbs/21_comparison.ipynb #c169
 METHODS = dict(bicubic=Image.Resampling.BICUBIC, Lanczos=Image.Resampling.LANCZOS)  # of the example
 
 
+def example_pair(
+    photograph,  # (3, H, W) tensor in [0, 1]
+    place: float,  # where on the diagonal, 0 to 1
+    size: int,  # side of the crop
+    preset: str,  # degradation
+    seed: int,
+) -> dict:  # "gt", "lr" and one image a method
+    "One crop, degraded, and enlarged by each method of the example."
+    from framer.datasets import degraded_pair
+    top, left = (round((side - size) * place) for side in photograph.shape[-2:])
+    pair = degraded_pair(photograph[:, top:top + size, left:left + size].contiguous(), preset, seed)
+    hr, lr = (Image.fromarray((image.clamp(0, 1).movedim(0, -1).numpy() * 255).round().astype(np.uint8)) for image in pair)
+    return dict(gt=hr, lr=lr, **{name: lr.resize(hr.size, how) for name, how in METHODS.items()})
+
+# %% ../nbs/21_comparison.ipynb #c172
 def example_results(
     folder,  # where to write gt/, lr/, bicubic/, Lanczos/
     photographs: list,  # files
     size: int = 256,  # side of the crops, a multiple of 4
+    crops: int = 2,  # of each photograph
     preset: str = "seesr_light",  # degradation
-    seed: int = 0,
 ) -> Path:  # the folder
-    "Degraded crops of photographs, enlarged four times by two interpolations; existing files are left as they are."
-    from framer.datasets import degraded_pair, load_photograph
-    for i, path in enumerate(photographs):
-        files = {name: Path(folder) / name / f"{Path(path).stem}.png" for name in ("gt", "lr", *METHODS)}
+    "Results of two interpolations on degraded crops of photographs."
+    for i, (path, k) in enumerate((path, k) for path in photographs for k in range(crops)):
+        files = {name: Path(folder) / name / f"{Path(path).stem}_{k + 1}.png" for name in ("gt", "lr", *METHODS)}
         if all(file.is_file() for file in files.values()): continue
-        photograph = load_photograph(Path(path))
-        top, left = ((side - size) // 2 for side in photograph.shape[-2:])
-        hr = photograph[:, top:top + size, left:left + size]
-        pair = [Image.fromarray((image.clamp(0, 1).movedim(0, -1).numpy() * 255).round().astype(np.uint8)) for image in degraded_pair(hr, preset, seed + i)]
-        images = dict(gt=pair[0], lr=pair[1], **{name: pair[1].resize(pair[0].size, how) for name, how in METHODS.items()})
+        images = example_pair(load_photograph(Path(path)), (k + 1) / (crops + 1), size, preset, i)
         for name, file in files.items():
             file.parent.mkdir(parents=True, exist_ok=True)
-            images[name].save(file.with_name(f".{file.name}.partial"), "PNG"); os.replace(file.with_name(f".{file.name}.partial"), file)
+            beside = file.with_name(f".{file.name}.partial")
+            images[name].save(beside, "PNG")
+            os.replace(beside, file)
     return Path(folder)
+
+# %% ../nbs/21_comparison.ipynb #c175
+def save_scores(
+    results: dict,  # {method: Scores}
+    folder,  # the evaluation's folder
+) -> dict:  # method -> file, relative to the folder
+    "One JSON a method below `scores/`, and all of them in scores.csv."
+    kept = {}
+    for i, (method, scores) in enumerate(results.items()):
+        name = f"scores/{i:02d}-{re.sub(r'[^A-Za-z0-9._-]+', '-', method)[:60]}.json"
+        scores.save(Path(folder) / name)
+        kept[method] = name
+    write_text(Path(folder) / "scores.csv", scores_csv(results))
+    return kept
+
+# %% ../nbs/21_comparison.ipynb #c178
+def describe(
+    scores,  # what `evaluate` returned
+) -> dict:
+    "What there is to say about one method's scores besides its rows."
+    return dict(protocol=scores.protocol, definition=dict(scores.definition), versions=dict(scores.versions), images=len(scores), counts=dict(scores.counts),
+                means=scores.means, missing=dict(scores.missing), problems=dict(scores.problems), notes=dict(scores.notes))
+
+# %% ../nbs/21_comparison.ipynb #c181
+def read_evaluation(
+    run,  # name below reports/, or a folder
+) -> tuple[str, dict]:  # the test set's name, {method: Scores}
+    "Scores of an evaluation that is finished. `FileNotFoundError` or `ValueError` naming what is not there."
+    file = run_path(run) / "evaluation.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is not there: give the name of a finished evaluation below reports/")
+    about = json.loads(file.read_text(encoding="utf-8"))
+    if not {"dataset", "scores"} <= about.keys():
+        raise ValueError(f"{file} has no 'dataset' and 'scores': it is not what nbs/evaluate.ipynb wrote")
+    return about["dataset"], {method: Scores.read(file.parent / name) for method, name in about["scores"].items()}
+
+# %% ../nbs/21_comparison.ipynb #c184
+@dataclass
+class ComparisonConfig:
+    "Parameters of nbs/evaluate.ipynb, which says what each means."
+    results: dict | str = field(default_factory=dict)
+    references: str = ""
+    lr: str = ""
+    dataset: str = ""
+    protocol: str = "framer"
+    metrics: list = field(default_factory=list)
+    pairs: dict = field(default_factory=dict)
+    groups: dict = field(default_factory=dict)
+    rules: list = field(default_factory=list)
+    include: list = field(default_factory=list)
+    images: str = "all"
+    on_error: str = "raise"
+    run: str = "evaluation"
+    device: str = "auto"
+    weights: str = ""
+    batch_size: int = 4
+    confidence: float = 0.95
+    resamples: int = 10_000
+    seed: int = 0
+    worst: int = 3
+    worst_by: str = ""
+    crop: int = 96
+
+    endings = property(lambda self: tuple(self.rules) or RULES, doc="The rules that matching goes by.")
+
+    def __post_init__(self):
+        _check_config(self)
+
+# %% ../nbs/21_comparison.ipynb #c186
+def _check_config(config):
+    "`ValueError` for a parameter that cannot be meant."
+    expected = dict(protocol=tuple(PROTOCOLS), images=("all", "common"), on_error=("raise", "gap"))
+    wrong = [f"{name}={getattr(config, name)!r}: expected one of {', '.join(allowed)}" for name, allowed in expected.items() if getattr(config, name) not in allowed]
+    least = dict(batch_size=1, resamples=1, worst=0, crop=8)
+    wrong += [f"{name}={getattr(config, name)}: expected at least {low}" for name, low in least.items() if getattr(config, name) < low]
+    wrong += [f"confidence={config.confidence}: expected between 0 and 1"] if not 0 < config.confidence < 1 else []
+    unknown = [name for name in config.metrics if config.protocol in PROTOCOLS and name not in PROTOCOLS[config.protocol]]
+    wrong += [f"metrics {unknown} are not in protocol {config.protocol!r}, which has {', '.join(PROTOCOLS[config.protocol])}"] if unknown else []
+    wrong += ["references are given and results are not: give results, {method: folder}, or neither for the example"] if config.references and not config.results else []
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+# %% ../nbs/21_comparison.ipynb #c189
+def score_methods(
+    folders: dict,  # method -> folder
+    references=None,  # folder of references
+    on_error: str = "raise",  # sizes that differ: "raise" or "gap"
+    rules: tuple = RULES,
+    **how,  # protocol, metrics, device, batch_size, out: as for `evaluate`
+) -> dict:  # {method: Scores}
+    "Scores of every method. `ValueError` listing every result of every method that differs in size."
+    for folder in (*folders.values(), *([references] if references is not None else [])):
+        image_files(folder)                                         # an empty folder is said before an hour of scoring
+    differ = size_differences(folders, references, rules) if references is not None else []
+    if differ and on_error == "raise":
+        raise ValueError(f"{len(differ)} results differ from their references in size (width x height):\n  " + "\n  ".join(differ) + "\nNothing is resized in silence: give references of the results' size, or on_error='gap' to score the rest")
+    return {method: evaluate(folder, references, rules=rules, on_error="gap", **how) for method, folder in folders.items()}
+
+# %% ../nbs/21_comparison.ipynb #c192
+def load_columns(
+    folders: dict,  # title of a column -> folder
+    keys: list,  # image keys
+    rules: tuple = RULES,
+) -> dict:  # key -> {title: (H, W, 3) uint8 array}; what is missing or cannot be read is left out
+    "Images of several folders by image key."
+    files = {title: dict(zip(image_keys([path.name for path in paths], rules), paths)) for title, paths in ((title, image_files(folder)) for title, folder in folders.items())}
+    out = {key: {} for key in keys}
+    for key in keys:
+        for title in folders:
+            try:
+                image, _ = read_image(files[title][key])
+            except (KeyError, ValueError):
+                continue
+            out[key][title] = (image.movedim(0, -1).numpy() * 255).round().astype(np.uint8)
+    return out
+
+# %% ../nbs/21_comparison.ipynb #c195
+def pair_figures(
+    results: dict,  # {method: scores}
+    pair: tuple,  # (baseline, method)
+    folders: dict,  # title -> folder, in the order of the crops' columns; both methods among them
+    worst: int = 3,
+    worst_by: str = "",  # metric; "" is the first of LPIPS, PSNR, NIQE that both have
+    crop: int = 96,
+    rules: tuple = RULES,
+    **how,  # as for `bootstrap_interval`
+) -> dict:  # name -> Figure
+    "Figures of one pair; those without data are left out."
+    a, b = (results[method] for method in pair)
+    found = {metric: paired_differences(a, b, metric, None, rules) for metric in _listed_metrics({m: results[m] for m in pair}, None, "")}
+    found = {metric: triple for metric, triple in found.items() if triple[0]}
+    figures = {f"scatter-{metric}": scatter_figure(x, x + sign(metric) * d, metric, pair) for metric, (_, x, d) in found.items()}
+    if found:
+        figures["differences"] = difference_figure({metric: d for metric, (_, _, d) in found.items()}, f"{pair[1]} over {pair[0]}", **how)
+    chosen = worst_by or next((metric for metric in ("lpips", "psnr", "niqe", *found) if metric in found), "")
+    if worst and chosen in found:
+        figures.update(_crop_pair(found[chosen], chosen, pair, folders, worst, crop, rules))
+    return figures
+
+# %% ../nbs/21_comparison.ipynb #c197
+def _crop_pair(triple: tuple, metric: str, pair: tuple, folders: dict, worst: int, crop: int, rules: tuple) -> dict:
+    "The crop figures of one pair: where it lost most, where it gained most."
+    keys, x, d = triple
+    scores = {key: {pair[0]: value, pair[1]: value + sign(metric) * diff} for key, value, diff in zip(keys, x, d)}
+    out = {}
+    for name, chosen in zip(("worst", "best"), extremes(keys, d, worst)):
+        rows = {key: row for key, row in load_columns(folders, chosen, rules).items() if set(pair) <= row.keys() and row[pair[0]].shape == row[pair[1]].shape}
+        captions = {key: {method: f"{metric.upper()} {_number(Cell(score), metric)}" for method, score in scores[key].items()} for key in rows}
+        if rows:
+            out[name] = crop_figure(rows, pair, crop, captions)
+            out[name].suptitle(f"Where {pair[1]} is {name} against {pair[0]}, by {metric.upper()}", fontsize=8)
+    return out
