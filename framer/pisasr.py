@@ -7,11 +7,10 @@ Docs: https://framer-sr.github.io/framer/pisasr.html.md"""
 # %% auto #0
 __all__ = ['NEGATIVE_PROMPT', 'ADAPTERS', 'PiSAConfig', 'adapter_targets', 'adapter_part', 'add_adapters', 'sd21_unet_config',
            'count_parameters', 'plain_unet', 'using', 'merged_state', 'NullText', 'WordVectors', 'posterior_latents',
-           'csd_gradient', 'csd_loss', 'SignedDistance', 'lpips_vgg', 'DualLoRA', 'PiSASR', 'captions_of',
-           'adapter_state', 'read_adapters', 'read_unet', 'subtract_adapters', 'convert_published', 'read_published',
-           'tiny_pisasr']
+           'csd_gradient', 'csd_loss', 'SignedLPIPS', 'lpips_vgg', 'DualLoRA', 'PiSASR', 'captions_of', 'adapter_state',
+           'read_adapters', 'read_unet', 'subtract_adapters', 'convert_published', 'read_published', 'tiny_pisasr']
 
-# %% ../nbs/11a_pisasr.ipynb #c003
+# %% ../nbs/11a_pisasr.ipynb #c004
 import dataclasses, json, math, os, re, tempfile, warnings, zlib
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from .autoencoder import decode, encode, load_autoencoder
-from .metrics import available
+from .metrics import Scorer
 from .objectives import NoisePrediction
 from .sd2 import tiny_unet_config
 
@@ -238,26 +237,24 @@ def csd_loss(
     return F.mse_loss(z, target)
 
 # %% ../nbs/11a_pisasr.ipynb #c051
-class SignedDistance(nn.Module):
-    "A distance of pictures in [0, 1], told of pictures in [-1, 1]."
-    def __init__(self, metric: nn.Module):  # pyiqa's metric
+class SignedLPIPS(nn.Module):
+    "LPIPS of pictures in [-1, 1], one number a picture, with gradients to the pictures."
+    def __init__(self, net: nn.Module):  # pyiqa's network
         super().__init__()
-        self.metric = metric.requires_grad_(False)
+        self.net = net.requires_grad_(False)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor: return self.metric((x + 1) / 2, (y + 1) / 2)
+    def forward(self, x: Tensor, y: Tensor) -> Tensor: return self.net(x, y, normalize=False).flatten()
 
 # %% ../nbs/11a_pisasr.ipynb #c053
 def lpips_vgg(
     device="cpu",  # where to compute
-) -> nn.Module:  # (x, y), each (B, 3, H, W) in [-1, 1] -> mean distance
+    weights=None,  # folder of weights, as in `framer.metrics.Scorer`
+) -> nn.Module:  # (x, y), each (B, 3, H, W) in [-1, 1] -> (B,)
     "LPIPS with VGG-16 as a loss. `FileNotFoundError` naming a missing file of weights, `ImportError` without pyiqa."
-    absent = [f"{r['file']}, which goes into {r['folder']}" for r in available("framer") if r["metric"] == "lpips" and not r["present"]]
-    if absent:
-        raise FileNotFoundError("the LPIPS loss of PiSA-SR's semantic stage wants " + "; ".join(absent)
-                                + ". Put it there, pass perceptual= a function of two pictures in [-1, 1], or set lpips_weight=0")
-    try: import pyiqa
-    except ImportError as error: raise ImportError(f'LPIPS is made with pyiqa, which does not import here ({error}): pip install "framer-sr[eval]", or set lpips_weight=0') from error
-    return SignedDistance(pyiqa.create_metric("lpips-vgg", as_loss=True, device=device))
+    scorer = Scorer(("lpips",), "framer", device, weights)
+    if scorer.missing:
+        raise FileNotFoundError(f"LPIPS, a loss of PiSA-SR's semantic stage: {scorer.missing['lpips']}. Without it: pass perceptual=, a function of two pictures in [-1, 1], or set lpips_weight=0")
+    return SignedLPIPS(scorer.metrics["lpips"].net.float().to(device))
 
 # %% ../nbs/11a_pisasr.ipynb #c056
 class DualLoRA:

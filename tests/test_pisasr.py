@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("peft"); diffusers = pytest.importorskip("diffusers")
 
+from framer.autoencoder import load_autoencoder  # noqa: E402
 from framer.distill import Framer, FramerConfig  # noqa: E402
 from framer.hooks import find_taps, hooks_left, unet_layers  # noqa: E402
 from framer.pisasr import ADAPTERS, PiSAConfig, PiSASR, WordVectors, plain_unet, tiny_pisasr, using  # noqa: E402
@@ -20,6 +21,9 @@ STAGES = dict(pixel=0, semantic=4000)
 def edges(x, y): return (x.diff(dim=-1) - y.diff(dim=-1)).abs().mean((1, 2, 3))
 
 
+VAE = load_autoencoder(4)
+
+
 def small_unet(seed=0):
     torch.manual_seed(seed)
     return diffusers.UNet2DConditionModel(
@@ -29,7 +33,7 @@ def small_unet(seed=0):
 
 def make(stage="pixel", awake=True, seed=0, **options):
     "A small backbone with the published settings, its B matrices away from zero so that both adapters matter."
-    backbone = PiSASR(small_unet(seed), text=WordVectors(8), config=PiSAConfig(**{"lpips_weight": 2.0, **options}), perceptual=edges, seed=seed)
+    backbone = PiSASR(small_unet(seed), vae=VAE, text=WordVectors(8), config=PiSAConfig(**{"lpips_weight": 2.0, **options}), perceptual=edges, seed=seed)
     if awake:
         generator = torch.Generator().manual_seed(7)
         with torch.no_grad():
@@ -351,15 +355,20 @@ def test_a_failed_save_leaves_the_old_model(tmp_path, monkeypatch):
 def test_lpips_with_its_real_weights():
     pytest.importorskip("pyiqa")
     code = """
-import torch
+import sys, torch
+from framer.metrics import Scorer
 from framer.pisasr import lpips_vgg
 torch.manual_seed(0)
-loss = lpips_vgg()
+loss = lpips_vgg(weights=sys.argv[1])
 assert not any(p.requires_grad for p in loss.parameters())
 x = torch.rand(2, 3, 64, 64) * 2 - 1; y = (x * 0.5).requires_grad_()
-value = loss(y, x); value.backward()
-assert value.ndim == 0 and 0.01 < value < 1.5 and y.grad.abs().max() > 0, value
-assert loss(x, x).abs() < 1e-6
+value = loss(y, x); value.mean().backward()
+assert value.shape == (2,) and 0.01 < value.min() and y.grad.abs().max() > 0, value
+assert loss(x, x).abs().max() < 1e-6
+scores = Scorer(("lpips",), "framer", weights=sys.argv[1])((y.detach() + 1) / 2, (x + 1) / 2)
+assert torch.allclose(torch.tensor([s["lpips"] for s in scores], dtype=torch.float32), value.detach(), atol=1e-5), (scores, value)
+flat = torch.full((1, 3, 64, 64), -1.0, requires_grad=True)
+loss(flat, x[:1]).sum().backward(); assert flat.grad.isfinite().all()
 """
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ, TORCH_HOME=str(WEIGHTS)), timeout=300)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(WEIGHTS)], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
