@@ -98,6 +98,12 @@ class Cell:
     gain_n: int = None  # images that the gain was taken over, where that is not what the two means were taken over
 
 # %% ../nbs/21_comparison.ipynb #c025
+def _absent(scores, keys: set, rules: tuple) -> str:
+    "Which images of the test set a method has no row for, ''."
+    absent = sorted(keys - set(image_keys([row["image"] for row in score_rows(scores)], rules)))
+    return f"no file for {', '.join(absent[:3])}" + (", ..." if len(absent) > 3 else "") if absent else ""
+
+# %% ../nbs/21_comparison.ipynb #c028
 def make_cell(
     scores,  # scores of one method, None where it was not scored
     metric: str,
@@ -115,11 +121,10 @@ def make_cell(
         return Cell(float(whole), len(score_rows(scores)), len(keys), why)
     if not values:
         return Cell(of=len(keys), reason=why or ("no image that every method has" if only is not None else "no value for any image"))
-    absent = sorted(keys - set(image_keys([row["image"] for row in score_rows(scores)], rules)))
-    why = "; ".join(filter(None, [f"no file for {', '.join(absent[:3])}" + (", ..." if len(absent) > 3 else "") if absent else "", why]))
+    why = "; ".join(filter(None, [_absent(scores, keys, rules), why]))
     return Cell(float(np.mean(values)), len(values), len(keys), why if len(values) < len(keys) else "")
 
-# %% ../nbs/21_comparison.ipynb #c028
+# %% ../nbs/21_comparison.ipynb #c031
 def set_ranks(
     cells: list,  # `Cell`s of one metric on one test set, one a method
     metric: str,
@@ -133,7 +138,7 @@ def set_ranks(
         place = order.index(sign(metric, better) * cell.mean) + 1
         cell.rank = place if place == 1 or place == 2 and len(fair) > 2 else 0
 
-# %% ../nbs/21_comparison.ipynb #c031
+# %% ../nbs/21_comparison.ipynb #c034
 def relative_gain(
     baseline,  # scores of the baseline
     framer,  # scores of the method that is compared with it
@@ -149,7 +154,7 @@ def relative_gain(
         return None
     return float(100 * sign(metric, better) * (means[1] - means[0]) / abs(means[0]))
 
-# %% ../nbs/21_comparison.ipynb #c034
+# %% ../nbs/21_comparison.ipynb #c037
 def by_testset(results: dict) -> dict:  # {test set: {method: scores}}
     "One or several test sets, always as several. `ValueError` where nothing was given."
     nested = bool(results) and all(isinstance(scores, dict) for scores in results.values())
@@ -159,7 +164,7 @@ def by_testset(results: dict) -> dict:  # {test set: {method: scores}}
         raise ValueError(f"no scores to compare{'' if empty == [''] else f' on {empty}'}: give {{method: scores}} or {{test set: {{method: scores}}}}")
     return {str(name): dict(methods) for name, methods in sets.items()}
 
-# %% ../nbs/21_comparison.ipynb #c037
+# %% ../nbs/21_comparison.ipynb #c040
 def as_pairs(
     pairs,  # {baseline: FRAMER method}, {baseline: [methods]} or a list of (baseline, method)
     methods: list,  # names that may appear
@@ -173,7 +178,7 @@ def as_pairs(
                          else f"pairs {listed}: a method has one baseline, which is another method")
     return listed
 
-# %% ../nbs/21_comparison.ipynb #c040
+# %% ../nbs/21_comparison.ipynb #c043
 def _one_protocol(sets: dict) -> str:
     "The protocol that all scores share, '' where none of them says."
     found = {}
@@ -185,7 +190,7 @@ def _one_protocol(sets: dict) -> str:
                          + ". Score all of them again under one protocol")
     return next(iter(found))
 
-# %% ../nbs/21_comparison.ipynb #c042
+# %% ../nbs/21_comparison.ipynb #c045
 def _versions(sets: dict) -> str:
     "Versions of what computed the scores; where they differ, each with who used it."
     made = {}
@@ -195,7 +200,7 @@ def _versions(sets: dict) -> str:
             made.setdefault(text, []).append(method)
     return next(iter(made)) if len(made) == 1 else "; ".join(f"{text or 'versions not recorded'} ({', '.join(dict.fromkeys(who))})" for text, who in made.items())
 
-# %% ../nbs/21_comparison.ipynb #c045
+# %% ../nbs/21_comparison.ipynb #c048
 @dataclass
 class Table:
     "Means of several methods on several test sets: what `compare` makes and `to_latex`, `to_html`, `to_markdown`, `to_csv` write."
@@ -210,7 +215,7 @@ class Table:
 
     def _repr_html_(self): return html_table(self)
 
-# %% ../nbs/21_comparison.ipynb #c048
+# %% ../nbs/21_comparison.ipynb #c051
 def _listed_metrics(methods: dict, metrics, name: str) -> list:
     "The metrics of a test set's lines: those asked for, or every one that any method has or lacks with a reason."
     if isinstance(metrics, dict):
@@ -224,7 +229,7 @@ def _listed_metrics(methods: dict, metrics, name: str) -> list:
     order = list(_BETTER)
     return sorted(found, key=lambda metric: (order.index(metric) if metric in order else len(order)))
 
-# %% ../nbs/21_comparison.ipynb #c051
+# %% ../nbs/21_comparison.ipynb #c054
 def _fill_lines(table: Table, name: str, methods: dict, metrics: list, images: str, rules: tuple):
     "The lines of one test set."
     named = {method: image_keys([row["image"] for row in score_rows(scores)], rules) for method, scores in methods.items()}
@@ -243,7 +248,7 @@ def _fill_lines(table: Table, name: str, methods: dict, metrics: list, images: s
                 cells[b].gain_n = len(both) if both and len(both) < max(cells[a].n, cells[b].n) else None
         table.lines[name, metric] = cells
 
-# %% ../nbs/21_comparison.ipynb #c054
+# %% ../nbs/21_comparison.ipynb #c057
 def compare(
     results: dict,  # {method: scores}, or {test set: {method: scores}}
     pairs=None,  # {baseline: FRAMER method}: gains are printed for the second of each pair
@@ -263,7 +268,7 @@ def compare(
         _fill_lines(table, name, scored, _listed_metrics(scored, metrics, name), images, rules)
     return table
 
-# %% ../nbs/21_comparison.ipynb #c058
+# %% ../nbs/21_comparison.ipynb #c061
 _DECIMALS = dict(psnr=2, musiq=2, fid=2)
 _ARROW = {1: "\u2191", -1: "\u2193"}
 
@@ -272,12 +277,12 @@ def _number(cell: Cell, metric: str) -> str:
     "The mean in the metric's decimals, a dash for a gap."
     return "-" if cell.mean is None else f"{cell.mean:.{_DECIMALS.get(metric, 3)}f}"
 
-# %% ../nbs/21_comparison.ipynb #c061
+# %% ../nbs/21_comparison.ipynb #c064
 def _gain(cell: Cell) -> str:
     "(+3.0%), '' where there is none."
     return "" if cell.gain is None else "(0.0%)" if abs(cell.gain) < 0.05 else f"({cell.gain:+.1f}%)"
 
-# %% ../nbs/21_comparison.ipynb #c063
+# %% ../nbs/21_comparison.ipynb #c066
 def _note(cell: Cell) -> str:
     "The note of one cell, '' where it needs none."
     if cell.mean is None:
@@ -286,7 +291,7 @@ def _note(cell: Cell) -> str:
     parts += [f"the gain is over the {cell.gain_n} that both have"] if cell.gain is not None and cell.gain_n else []
     return "; ".join(filter(None, parts))
 
-# %% ../nbs/21_comparison.ipynb #c066
+# %% ../nbs/21_comparison.ipynb #c069
 def notes(table: Table) -> dict:  # text of a note -> its letter, in order of appearance
     "Why there are gaps, and which cells cover fewer images."
     found = {}
@@ -296,7 +301,7 @@ def notes(table: Table) -> dict:  # text of a note -> its letter, in order of ap
                 found.setdefault(text, None)
     return {text: "abcdefghijklmnopqrstuvwxyz"[i] if i < 26 else str(i + 1) for i, text in enumerate(found)}
 
-# %% ../nbs/21_comparison.ipynb #c069
+# %% ../nbs/21_comparison.ipynb #c072
 def caption(table: Table) -> str:
     "One line: what was averaged, protocol, versions, image counts, and what the marks say."
     counts = ", ".join(f"{name} {count}".strip() for name, count in table.counts.items())
@@ -304,7 +309,7 @@ def caption(table: Table) -> str:
     marks = "Best in bold" + (", second best underlined" if len(table.methods) > 2 else "")
     return (f"Means over images. Protocol: {table.protocol or 'not named'}" + (f" ({table.versions})" if table.versions else "") + f". Images: {counts}. {marks}{gains}.")
 
-# %% ../nbs/21_comparison.ipynb #c072
+# %% ../nbs/21_comparison.ipynb #c075
 def _walk(table: Table):
     "(test set, lines it has where it begins else 0, metric, label, cells in order, letters) a line."
     letters, seen = notes(table), set()
@@ -315,7 +320,7 @@ def _walk(table: Table):
         ordered = [cells[method] for method in table.methods]
         yield name or "all images", span, metric, label, ordered, [letters.get(_note(cell), "") for cell in ordered]
 
-# %% ../nbs/21_comparison.ipynb #c075
+# %% ../nbs/21_comparison.ipynb #c078
 def _headings(table: Table) -> list:  # (heading, columns), in order
     "Neighbouring methods of one group under one heading; [] where there are no groups."
     found = []
@@ -324,13 +329,13 @@ def _headings(table: Table) -> list:  # (heading, columns), in order
         found[-1:] = [(group, found[-1][1] + 1)] if found and found[-1][0] == group else [*found[-1:], (group, 1)]
     return found
 
-# %% ../nbs/21_comparison.ipynb #c078
+# %% ../nbs/21_comparison.ipynb #c081
 def _markdown_cell(cell: Cell, metric: str, letter: str) -> str:
     "One cell: bold, underlined, gain, letter."
     text = {1: "**{}**", 2: "<u>{}</u>"}.get(cell.rank, "{}").format(_number(cell, metric))
     return " ".join(filter(None, [text + (f"<sup>{letter}</sup>" if letter else ""), _gain(cell)]))
 
-# %% ../nbs/21_comparison.ipynb #c081
+# %% ../nbs/21_comparison.ipynb #c084
 def to_markdown(table: Table) -> str:
     "The table as GitHub's Markdown."
     safe = lambda text: re.sub(r"([|*_`<\[\]\\])", r"\\\1", str(text)).replace("\n", " ")
@@ -339,7 +344,7 @@ def to_markdown(table: Table) -> str:
         out.append(f"| {safe(name) if span else ''} | {safe(label)} | " + " | ".join(_markdown_cell(cell, metric, letter) for cell, letter in zip(cells, letters)) + " |")
     return "\n".join([*out, "", safe(caption(table)), *(f"\n<sup>{letter}</sup> {safe(text)}" for text, letter in notes(table).items())]) + "\n"
 
-# %% ../nbs/21_comparison.ipynb #c084
+# %% ../nbs/21_comparison.ipynb #c087
 _TEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
         ">": r"\textgreater{}", "|": r"\textbar{}", "\u2191": r"$\uparrow$", "\u2193": r"$\downarrow$", "\n": " "}
 
@@ -348,7 +353,7 @@ def escape_tex(text: str) -> str:
     "Text that LaTeX prints as it stands."
     return "".join(_TEX.get(letter, letter) for letter in str(text))
 
-# %% ../nbs/21_comparison.ipynb #c087
+# %% ../nbs/21_comparison.ipynb #c090
 def _tex_cell(cell: Cell, metric: str, letter: str) -> str:
     "One cell: bold, underlined, gain in green or red, letter."
     text = {1: r"\textbf{%s}", 2: r"\underline{%s}"}.get(cell.rank, "%s") % _number(cell, metric)
@@ -356,7 +361,7 @@ def _tex_cell(cell: Cell, metric: str, letter: str) -> str:
     gain = r" {\footnotesize\textcolor{%s}{%s}}" % (colour, escape_tex(_gain(cell))) if _gain(cell) else ""
     return text + (r"\textsuperscript{%s}" % letter if letter else "") + gain
 
-# %% ../nbs/21_comparison.ipynb #c090
+# %% ../nbs/21_comparison.ipynb #c093
 def _tex_head(table: Table) -> list:
     "Heading lines: groups with rules below them, then the methods."
     out, at = [], 3
@@ -369,7 +374,7 @@ def _tex_head(table: Table) -> list:
         out.append(" ".join(rules))
     return [*filter(None, out), "Test set & Metric & " + " & ".join(escape_tex(method) for method in table.methods) + r" \\"]
 
-# %% ../nbs/21_comparison.ipynb #c093
+# %% ../nbs/21_comparison.ipynb #c096
 def to_latex(table: Table) -> str:
     "The table as LaTeX (booktabs)."
     lines = ["% needs \\usepackage{booktabs,multirow} \\usepackage[dvipsnames]{xcolor}", r"\begin{table*}[t]", r"\centering", r"\caption{%s}" % escape_tex(caption(table)),
@@ -382,7 +387,7 @@ def to_latex(table: Table) -> str:
     lines += [r"\\ {\footnotesize \textsuperscript{%s} %s}" % (letter, escape_tex(text)) for text, letter in notes(table).items()]
     return "\n".join([*lines, r"\end{table*}", ""])
 
-# %% ../nbs/21_comparison.ipynb #c096
+# %% ../nbs/21_comparison.ipynb #c099
 def _html_cell(cell: Cell, metric: str, letter: str, anchor: str) -> str:
     "One cell; what weight, line and colour say is said in words too."
     said = {1: "best", 2: "second best"}.get(cell.rank, "")
@@ -391,13 +396,13 @@ def _html_cell(cell: Cell, metric: str, letter: str, anchor: str) -> str:
     text += f'<sup><a href="#{anchor}-{letter}" aria-label="note {letter}">{letter}</a></sup>' if letter else ""
     return f"<td>{text}" + (f' <span class="{"gain" if cell.gain >= 0 else "loss"}">{_gain(cell)}</span>' if _gain(cell) else "") + "</td>"
 
-# %% ../nbs/21_comparison.ipynb #c099
+# %% ../nbs/21_comparison.ipynb #c102
 _STYLE = """<style>.framer-table{overflow-x:auto}.framer-table table{border-collapse:collapse;font-variant-numeric:tabular-nums}.framer-table caption{text-align:left;padding:.4em 0;max-width:60em}
 .framer-table th,.framer-table td{padding:.2em .6em;text-align:right;white-space:nowrap}.framer-table th[scope=row],.framer-table th[scope=rowgroup]{text-align:left;vertical-align:top;font-weight:normal}
 .framer-table thead th{border-bottom:1px solid;text-align:center}.framer-table tbody{border-bottom:1px solid}.framer-table .gain{color:light-dark(#0a6b2d,#6fdc8c)}.framer-table .loss{color:light-dark(#a3231f,#ff9a92)}
 .framer-table .said{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}</style>"""
 
-# %% ../nbs/21_comparison.ipynb #c102
+# %% ../nbs/21_comparison.ipynb #c105
 def html_table(table: Table, anchor: str = "table1") -> str:
     "The table as a piece of HTML that stands in any page."
     e = lambda text: html.escape(str(text))
@@ -412,12 +417,12 @@ def html_table(table: Table, anchor: str = "table1") -> str:
     return (f'{_STYLE}<div class=framer-table role=region tabindex=0 aria-labelledby="{anchor}-caption"><table><caption id="{anchor}-caption">{e(caption(table))}</caption>'
             f"<thead>{head}</thead>{body}{'</tbody>' if body else ''}</table>{below}</div>")
 
-# %% ../nbs/21_comparison.ipynb #c105
+# %% ../nbs/21_comparison.ipynb #c108
 def to_html(table: Table, title: str = "Table 1") -> str:
     "The table as a page of its own."
     return f'<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1"><title>{html.escape(title)}</title><style>:root{{color-scheme:light dark}}body{{font-family:system-ui,sans-serif;margin:1.5rem}}</style></head><body><main><h1>{html.escape(title)}</h1>{html_table(table)}</main></body></html>\n'
 
-# %% ../nbs/21_comparison.ipynb #c109
+# %% ../nbs/21_comparison.ipynb #c112
 def to_csv(table: Table) -> str:
     "One line a cell: test set, metric, which way is better, method, mean, n, of, rank, baseline, gain in percent, reason, protocol, versions."
     out, base = io.StringIO(), {b: a for a, b in table.pairs}
@@ -429,7 +434,7 @@ def to_csv(table: Table) -> str:
                              base.get(method, ""), "" if cell.gain is None else repr(cell.gain), _note(cell), table.protocol, table.versions])
     return out.getvalue()
 
-# %% ../nbs/21_comparison.ipynb #c112
+# %% ../nbs/21_comparison.ipynb #c115
 def write_text(
     path,  # file to write
     text: str,
@@ -445,7 +450,7 @@ def write_text(
         beside.unlink(missing_ok=True)
     return path
 
-# %% ../nbs/21_comparison.ipynb #c115
+# %% ../nbs/21_comparison.ipynb #c118
 def write_table(
     table: Table,
     folder,  # where to write
@@ -455,7 +460,7 @@ def write_table(
     writers = dict(tex=to_latex, csv=to_csv, html=to_html, md=to_markdown)
     return [write_text(Path(folder) / f"{name}.{ending}", write(table)) for ending, write in writers.items()]
 
-# %% ../nbs/21_comparison.ipynb #c118
+# %% ../nbs/21_comparison.ipynb #c121
 def paired_differences(
     baseline,  # scores of the baseline
     framer,  # scores of the method that is compared with it
@@ -469,7 +474,7 @@ def paired_differences(
     x, y = (np.array([side[key] for key in both], float) for side in (a, b))
     return both, x, sign(metric, better) * (y - x)
 
-# %% ../nbs/21_comparison.ipynb #c121
+# %% ../nbs/21_comparison.ipynb #c124
 def _scipy():
     "scipy.stats, or an error that says how to get it."
     try:
@@ -478,7 +483,7 @@ def _scipy():
         raise ImportError(f'statistics are made with scipy, which is not installed or does not import here ({error}): pip install "framer-sr[eval]"') from error
     return stats
 
-# %% ../nbs/21_comparison.ipynb #c124
+# %% ../nbs/21_comparison.ipynb #c127
 def bootstrap_interval(
     differences,  # (n,) numbers
     confidence: float = 0.95,
@@ -495,7 +500,7 @@ def bootstrap_interval(
     made = _scipy().bootstrap((d,), np.mean, n_resamples=resamples, batch=max(1, 4_000_000 // len(d)), confidence_level=confidence, method=method, vectorized=True, rng=np.random.default_rng(seed))
     return float(made.confidence_interval.low), float(made.confidence_interval.high)
 
-# %% ../nbs/21_comparison.ipynb #c127
+# %% ../nbs/21_comparison.ipynb #c130
 MIN_PAIRS = 6  # below it no outcome of a two-sided signed-rank test is below 0.05
 
 
@@ -512,7 +517,7 @@ def signed_rank(
     p = float(_scipy().wilcoxon(left, zero_method="wilcox", correction=False, method="exact" if exact else "asymptotic").pvalue)
     return p, "" if exact else "normal approximation" + (", tied differences" if len(np.unique(np.abs(left))) < len(left) else "")
 
-# %% ../nbs/21_comparison.ipynb #c130
+# %% ../nbs/21_comparison.ipynb #c133
 def holm(
     p_values: list,  # numbers or None
 ) -> list:  # corrected, in the same order; None stays None
@@ -524,7 +529,7 @@ def holm(
         out[i] = highest
     return out
 
-# %% ../nbs/21_comparison.ipynb #c133
+# %% ../nbs/21_comparison.ipynb #c136
 def paired_statistics(
     differences,  # (n,) oriented differences: positive is better
     baseline_mean: float = None,  # for the relative improvement
@@ -547,14 +552,21 @@ def paired_statistics(
         row["note"] = "all differences are zero: the two have the same scores"
     return row
 
-# %% ../nbs/21_comparison.ipynb #c136
+# %% ../nbs/21_comparison.ipynb #c139
 def _unpaired(a, b, metric: str) -> str:
     "Why two methods have no differences in a metric, '' where the scores do not say."
     if all(metric in getattr(scores, "sets", {}) for scores in (a, b)):
         return "one number for the whole set: nothing to pair"
     return next((scores.missing[metric] for scores in (a, b) if metric in getattr(scores, "missing", {})), "")
 
-# %% ../nbs/21_comparison.ipynb #c139
+# %% ../nbs/21_comparison.ipynb #c142
+def _pair_row(a, b, metric: str, better: dict, rules: tuple, how: dict) -> dict:
+    "Statistics of one metric, with the metric's name and the reason where there are none."
+    both, x, d = paired_differences(a, b, metric, better, rules)
+    row = dict(metric=metric, **paired_statistics(d, x.mean() if both else None, **how))
+    return row if both else {**row, "note": _unpaired(a, b, metric) or row["note"]}
+
+# %% ../nbs/21_comparison.ipynb #c145
 def significance(
     results: dict,  # {method: scores}, or {test set: {method: scores}}
     pairs,  # {baseline: FRAMER method}
@@ -569,16 +581,13 @@ def significance(
         for a, b in as_pairs(pairs, list(dict.fromkeys(m for scored in sets.values() for m in scored))):
             if a not in methods or b not in methods:
                 continue
-            rows = []
-            for metric in _listed_metrics({a: methods[a], b: methods[b]}, metrics, name):
-                both, x, d = paired_differences(methods[a], methods[b], metric, better, rules)
-                row = {**(dict(testset=name) if name else {}), "baseline": a, "method": b, "metric": metric, **paired_statistics(d, x.mean() if len(x) else None, **how)}
-                rows.append(row if both else {**row, "note": _unpaired(methods[a], methods[b], metric) or row["note"]})
+            wanted = _listed_metrics({a: methods[a], b: methods[b]}, metrics, name)
+            rows = [{**(dict(testset=name) if name else {}), "baseline": a, "method": b, **_pair_row(methods[a], methods[b], metric, better, rules, how)} for metric in wanted]
             for row, corrected in zip(rows, holm([row["p"] for row in rows])):
                 out.append({**{key: value for key, value in row.items() if key != "note"}, "p_holm": corrected, "note": row["note"]})
     return out
 
-# %% ../nbs/21_comparison.ipynb #c142
+# %% ../nbs/21_comparison.ipynb #c148
 def scatter_figure(
     baseline,  # (n,) scores of the baseline
     framer,  # (n,) scores of the other method, the same images
@@ -600,7 +609,7 @@ def scatter_figure(
     ax.set_title(f"{names[1]} better on {wins} of {len(x)} (shaded side)", fontsize=9)
     return fig
 
-# %% ../nbs/21_comparison.ipynb #c145
+# %% ../nbs/21_comparison.ipynb #c151
 def difference_figure(
     differences: dict,  # metric -> (n,) oriented differences
     title: str = "",
@@ -620,7 +629,7 @@ def difference_figure(
     fig.suptitle(title, fontsize=9)
     return fig
 
-# %% ../nbs/21_comparison.ipynb #c148
+# %% ../nbs/21_comparison.ipynb #c154
 def extremes(
     keys: list,  # image keys
     differences,  # (n,) oriented differences
@@ -631,7 +640,7 @@ def extremes(
     count = min(count, len(order) // 2) if len(order) > 1 else len(order)
     return order[:count], order[::-1][:count] if len(order) > 1 else []
 
-# %% ../nbs/21_comparison.ipynb #c151
+# %% ../nbs/21_comparison.ipynb #c157
 def crop_window(
     first: np.ndarray,  # (H, W, 3)
     second: np.ndarray,  # (H, W, 3)
@@ -648,7 +657,7 @@ def crop_window(
     top, left = np.unravel_index(int(windows.argmax()), windows.shape)
     return int(top), int(left), height, width
 
-# %% ../nbs/21_comparison.ipynb #c154
+# %% ../nbs/21_comparison.ipynb #c160
 def crop_figure(
     rows: dict,  # title of a row -> {title of a column: (H, W, 3) uint8 array}; columns of one row share one scene
     between: tuple,  # the two columns that decide where to look
@@ -669,7 +678,7 @@ def crop_figure(
             ax.set_title((f"{title}\n" if name == columns[0] else "") + f"{name}\n{(captions or {}).get(title, {}).get(name, '')}".strip(), fontsize=7)
     return fig
 
-# %% ../nbs/21_comparison.ipynb #c157
+# %% ../nbs/21_comparison.ipynb #c163
 def method_folders(
     results,  # {method: folder}, or a folder whose subfolders are the methods
     root=None,  # where relative folders are looked for; None is the working directory
@@ -688,7 +697,7 @@ def method_folders(
         raise FileNotFoundError(f"results: no such folder: {'; '.join(absent)}")
     return folders
 
-# %% ../nbs/21_comparison.ipynb #c160
+# %% ../nbs/21_comparison.ipynb #c166
 def _image_size(path) -> tuple:
     "(width, height) from a file's header; None where it cannot be read, which the scoring will report."
     try:
@@ -696,7 +705,7 @@ def _image_size(path) -> tuple:
     except Exception:  # decoders raise many kinds of errors
         return None
 
-# %% ../nbs/21_comparison.ipynb #c163
+# %% ../nbs/21_comparison.ipynb #c169
 def size_differences(
     folders: dict,  # method -> folder of results
     references,  # folder of references
@@ -711,7 +720,7 @@ def size_differences(
                 out.append(f"{method}/{result.name} is {sizes[0][0]}x{sizes[0][1]}, its reference {reference.name} {sizes[1][0]}x{sizes[1][1]}")
     return out
 
-# %% ../nbs/21_comparison.ipynb #c166
+# %% ../nbs/21_comparison.ipynb #c172
 def scores_csv(
     results: dict,  # {method: scores}
 ) -> str:
@@ -726,7 +735,7 @@ def scores_csv(
             writer.writerow([method, row["image"], *("" if cell is None else repr(float(cell)) for cell in cells)])
     return out.getvalue()
 
-# %% ../nbs/21_comparison.ipynb #c169
+# %% ../nbs/21_comparison.ipynb #c175
 METHODS = dict(bicubic=Image.Resampling.BICUBIC, Lanczos=Image.Resampling.LANCZOS)  # of the example
 
 
@@ -744,7 +753,7 @@ def example_pair(
     hr, lr = (Image.fromarray((image.clamp(0, 1).movedim(0, -1).numpy() * 255).round().astype(np.uint8)) for image in pair)
     return dict(gt=hr, lr=lr, **{name: lr.resize(hr.size, how) for name, how in METHODS.items()})
 
-# %% ../nbs/21_comparison.ipynb #c172
+# %% ../nbs/21_comparison.ipynb #c178
 def example_results(
     folder,  # where to write gt/, lr/, bicubic/, Lanczos/
     photographs: list,  # files
@@ -764,7 +773,7 @@ def example_results(
             os.replace(beside, file)
     return Path(folder)
 
-# %% ../nbs/21_comparison.ipynb #c175
+# %% ../nbs/21_comparison.ipynb #c181
 def save_scores(
     results: dict,  # {method: Scores}
     folder,  # the evaluation's folder
@@ -778,7 +787,7 @@ def save_scores(
     write_text(Path(folder) / "scores.csv", scores_csv(results))
     return kept
 
-# %% ../nbs/21_comparison.ipynb #c178
+# %% ../nbs/21_comparison.ipynb #c184
 def describe(
     scores,  # what `evaluate` returned
 ) -> dict:
@@ -786,7 +795,7 @@ def describe(
     return dict(protocol=scores.protocol, definition=dict(scores.definition), versions=dict(scores.versions), images=len(scores), counts=dict(scores.counts),
                 means=scores.means, missing=dict(scores.missing), problems=dict(scores.problems), notes=dict(scores.notes))
 
-# %% ../nbs/21_comparison.ipynb #c181
+# %% ../nbs/21_comparison.ipynb #c187
 def read_evaluation(
     run,  # name below reports/, or a folder
 ) -> tuple[str, dict]:  # the test set's name, {method: Scores}
@@ -799,7 +808,7 @@ def read_evaluation(
         raise ValueError(f"{file} has no 'dataset' and 'scores': it is not what nbs/evaluate.ipynb wrote")
     return about["dataset"], {method: Scores.read(file.parent / name) for method, name in about["scores"].items()}
 
-# %% ../nbs/21_comparison.ipynb #c184
+# %% ../nbs/21_comparison.ipynb #c190
 @dataclass
 class ComparisonConfig:
     "Parameters of nbs/evaluate.ipynb, which says what each means."
@@ -831,7 +840,7 @@ class ComparisonConfig:
     def __post_init__(self):
         _check_config(self)
 
-# %% ../nbs/21_comparison.ipynb #c186
+# %% ../nbs/21_comparison.ipynb #c192
 def _check_config(config):
     "`ValueError` for a parameter that cannot be meant."
     expected = dict(protocol=tuple(PROTOCOLS), images=("all", "common"), on_error=("raise", "gap"))
@@ -845,7 +854,7 @@ def _check_config(config):
     if wrong:
         raise ValueError("; ".join(wrong))
 
-# %% ../nbs/21_comparison.ipynb #c189
+# %% ../nbs/21_comparison.ipynb #c195
 def score_methods(
     folders: dict,  # method -> folder
     references=None,  # folder of references
@@ -861,14 +870,20 @@ def score_methods(
         raise ValueError(f"{len(differ)} results differ from their references in size (width x height):\n  " + "\n  ".join(differ) + "\nNothing is resized in silence: give references of the results' size, or on_error='gap' to score the rest")
     return {method: evaluate(folder, references, rules=rules, on_error="gap", **how) for method, folder in folders.items()}
 
-# %% ../nbs/21_comparison.ipynb #c192
+# %% ../nbs/21_comparison.ipynb #c198
+def _by_key(folder, rules: tuple) -> dict:
+    "Image key -> file of a folder."
+    paths = image_files(folder)
+    return dict(zip(image_keys([path.name for path in paths], rules), paths))
+
+# %% ../nbs/21_comparison.ipynb #c201
 def load_columns(
     folders: dict,  # title of a column -> folder
     keys: list,  # image keys
     rules: tuple = RULES,
 ) -> dict:  # key -> {title: (H, W, 3) uint8 array}; what is missing or cannot be read is left out
     "Images of several folders by image key."
-    files = {title: dict(zip(image_keys([path.name for path in paths], rules), paths)) for title, paths in ((title, image_files(folder)) for title, folder in folders.items())}
+    files = {title: _by_key(folder, rules) for title, folder in folders.items()}
     out = {key: {} for key in keys}
     for key in keys:
         for title in folders:
@@ -879,7 +894,7 @@ def load_columns(
             out[key][title] = (image.movedim(0, -1).numpy() * 255).round().astype(np.uint8)
     return out
 
-# %% ../nbs/21_comparison.ipynb #c195
+# %% ../nbs/21_comparison.ipynb #c204
 def pair_figures(
     results: dict,  # {method: scores}
     pair: tuple,  # (baseline, method)
@@ -902,7 +917,7 @@ def pair_figures(
         figures.update(_crop_pair(found[chosen], chosen, pair, folders, worst, crop, rules))
     return figures
 
-# %% ../nbs/21_comparison.ipynb #c197
+# %% ../nbs/21_comparison.ipynb #c206
 def _crop_pair(triple: tuple, metric: str, pair: tuple, folders: dict, worst: int, crop: int, rules: tuple) -> dict:
     "The crop figures of one pair: where it lost most, where it gained most."
     keys, x, d = triple
