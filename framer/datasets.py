@@ -66,7 +66,7 @@ def _caption_for(name: str, captions: dict, otherwise: str = "") -> str:
     "The text for a picture: by its whole name, by its stem, or the one it came with."
     return captions.get(name, captions.get(name.rsplit("/", 1)[-1], otherwise))
 
-
+# %% ../nbs/08_datasets.ipynb #c015
 def _check_captions(names: list[str], captions: dict) -> None:
     "Refuse captions that belong to other pictures, or to two at once."
     by_stem = [name.rsplit("/", 1)[-1] for name in names if name not in captions]
@@ -76,7 +76,7 @@ def _check_captions(names: list[str], captions: dict) -> None:
     if captions and not any(_caption_for(name, captions, None) is not None for name in names):
         raise ValueError(f"none of the {len(captions)} captions (such as {next(iter(captions))!r}) is of one of the {len(names)} pictures (such as {names[0]!r})")
 
-# %% ../nbs/08_datasets.ipynb #c016
+# %% ../nbs/08_datasets.ipynb #c018
 class Pairs(Dataset):
     "HR and LR crops; `dataset.draw(index, epoch)` depends on (seed, index, epoch) alone."
 
@@ -87,7 +87,8 @@ class Pairs(Dataset):
             raise ValueError(f"size={size} is not a multiple of scale={scale}: take {max(1, round(size / scale)) * scale}")
         self.items, self.size, self.scale, self.seed, self.captions = items, size, scale, seed, captions or {}
         self.cache_mb, self._cache = cache_mb, OrderedDict()
-        _check_captions(items.names() if self.captions else [], self.captions)
+        if self.captions and (names := items.names()):  # a stream does not know its names
+            _check_captions(names, self.captions)
 
     def __len__(self):
         return len(self.items)
@@ -102,7 +103,7 @@ class Pairs(Dataset):
         "A digest of the pictures' names and sizes, for the record of a run."
         return self.items.digest()
 
-# %% ../nbs/08_datasets.ipynb #c017
+# %% ../nbs/08_datasets.ipynb #c020
 def _item(self: Pairs, index: int) -> Item:
     "The decoded item, from memory where it is there."
     if index in self._cache:
@@ -115,7 +116,7 @@ def _item(self: Pairs, index: int) -> Item:
 
 Pairs._item = _item
 
-# %% ../nbs/08_datasets.ipynb #c019
+# %% ../nbs/08_datasets.ipynb #c022
 def _draw(
     self: Pairs,
     index: int,  # which picture, 0..len-1
@@ -126,7 +127,7 @@ def _draw(
         raise IndexError(f"index={index}: there are {len(self)} photographs, 0 to {len(self) - 1}")
     return self.sample(self._item(index), index, epoch)
 
-
+# %% ../nbs/08_datasets.ipynb #c024
 def _sample(self: Pairs, item: Item, index: int, epoch: int) -> dict:
     "The pair that is made of an item."
     hr, lr = self.make(item, index, epoch)
@@ -134,7 +135,7 @@ def _sample(self: Pairs, item: Item, index: int, epoch: int) -> dict:
 
 Pairs.draw, Pairs.sample = _draw, _sample
 
-# %% ../nbs/08_datasets.ipynb #c021
+# %% ../nbs/08_datasets.ipynb #c026
 def draw_crop(
     height: int,  # of the picture, pixels
     width: int,  # of the picture, pixels
@@ -145,7 +146,7 @@ def draw_crop(
     top, left = (int(torch.randint(side - size + 1, (), generator=generator)) for side in (height, width))
     return top, left, bool(torch.rand((), generator=generator) < 0.5)
 
-
+# %% ../nbs/08_datasets.ipynb #c029
 def cut(
     pixels: np.ndarray,  # (H, W, 3) uint8
     top: int,  # first row
@@ -157,7 +158,7 @@ def cut(
     crop = torch.from_numpy(pixels[top : top + size, left : left + size].copy()).permute(2, 0, 1).float() / 255
     return crop.flip(2) if mirrored else crop.contiguous()
 
-# %% ../nbs/08_datasets.ipynb #c025
+# %% ../nbs/08_datasets.ipynb #c033
 class PairDataset(Pairs):
     "Pairs made of photographs as they are asked for (design of the paper's Sec. 4.1 data, Table 6)."
 
@@ -184,7 +185,7 @@ class PairDataset(Pairs):
         top, left, mirrored = draw_crop(height, width, size, sample_generator(self.seed, index, epoch, stream="crop"))
         return degrade(cut(item.pixels, top, left, size, mirrored), self.preset, self.seed, index, epoch, self.scale)
 
-# %% ../nbs/08_datasets.ipynb #c032
+# %% ../nbs/08_datasets.ipynb #c040
 class Mixed(Dataset):
     "Datasets of one size and scale, as one. Made by `mixed`."
 
@@ -203,7 +204,7 @@ class Mixed(Dataset):
     def digest(self) -> str:
         return hashlib.sha256(repr([(d.digest(), w) for d, w in zip(self.datasets, self.weights)]).encode()).hexdigest()[:16]
 
-# %% ../nbs/08_datasets.ipynb #c033
+# %% ../nbs/08_datasets.ipynb #c042
 def _place(self: Mixed, index: int, epoch: int) -> tuple[int, int, int]:
     "(which dataset, index in it, epoch in it) of a number of the mix."
     which = int(np.searchsorted(self._ends, index, side="right"))
@@ -213,7 +214,7 @@ def _place(self: Mixed, index: int, epoch: int) -> tuple[int, int, int]:
         return which, turn % n, turn // n
     return which, int(_permutation(n, self.seed + which, turn // n)[turn % n]), turn // n
 
-
+# %% ../nbs/08_datasets.ipynb #c044
 def _draw_mixed(self: Mixed, index: int, epoch: int = 0) -> dict:
     "The sample of its dataset, under the number that it has in the mix."
     if not 0 <= index < len(self):
@@ -223,13 +224,13 @@ def _draw_mixed(self: Mixed, index: int, epoch: int = 0) -> dict:
 
 Mixed._place, Mixed.draw = _place, _draw_mixed
 
-# %% ../nbs/08_datasets.ipynb #c035
+# %% ../nbs/08_datasets.ipynb #c046
 @functools.lru_cache(4)
 def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     "The order of epoch `epoch`."
     return torch.randperm(n, generator=sample_generator(seed, epoch, stream="order")).numpy()
 
-# %% ../nbs/08_datasets.ipynb #c037
+# %% ../nbs/08_datasets.ipynb #c049
 def mixed(
     datasets: list,  # of one size and scale, each with `draw` and a length
     weights: list[float] = None,  # how often a picture of each is taken in an epoch, > 0; None: once
@@ -247,7 +248,7 @@ def mixed(
         raise ValueError(f"weight {bad[0][0]} of a dataset of {bad[0][1]} pictures: expected a number above 0 that takes at least one picture an epoch")
     return Mixed(list(datasets), weights, seed)
 
-# %% ../nbs/08_datasets.ipynb #c041
+# %% ../nbs/08_datasets.ipynb #c053
 def sample_order(
     n: int,  # number of photographs
     batch_size: int,  # samples per step, all ranks together
@@ -258,7 +259,7 @@ def sample_order(
     places = (divmod(p, n) for p in range(step * batch_size, (step + 1) * batch_size))
     return [(int(_permutation(n, seed, epoch)[place]), epoch) for epoch, place in places]
 
-# %% ../nbs/08_datasets.ipynb #c045
+# %% ../nbs/08_datasets.ipynb #c057
 class _Order:
     "One rank's share of every step, made step by step: a run of a million steps needs no list of them."
 
@@ -272,7 +273,7 @@ class _Order:
         for step in self.steps:
             yield sample_order(len(self.dataset), self.batch_size, step, self.dataset.seed)[self.share]
 
-# %% ../nbs/08_datasets.ipynb #c048
+# %% ../nbs/08_datasets.ipynb #c060
 class _Steps(IterableDataset):
     "One rank's share of every step of a stream; worker w of W makes every W-th step, so together they make all."
 
@@ -290,7 +291,7 @@ class _Steps(IterableDataset):
         for _ in self.steps[worker::workers]:
             yield default_collate([next(samples) for _ in range(self.share.stop - self.share.start)])
 
-# %% ../nbs/08_datasets.ipynb #c051
+# %% ../nbs/08_datasets.ipynb #c063
 def pair_loader(
     dataset,  # with `draw` and a length, or a stream with `read`; its seed also orders the pairs
     batch_size: int,  # samples per step, all ranks together
@@ -313,7 +314,7 @@ def pair_loader(
         return iter(DataLoader(_Steps(*plan), batch_size=None, **common))
     return iter(DataLoader(dataset, batch_sampler=_Order(*plan), **common))
 
-# %% ../nbs/08_datasets.ipynb #c056
+# %% ../nbs/08_datasets.ipynb #c068
 def degraded_pair(
     hr: Tensor,  # (3, H, W) in [0, 1]; H and W multiples of `scale`
     preset="seesr_strong",  # a name in `framer.degradation.PRESETS`, or a preset

@@ -29,13 +29,13 @@ def suffix_rules(
     s = scale
     return [("", ""), ("", f"x{s}"), ("", f"_x{s}"), ("", f"_LR{s}"), ("", f"_LRx{s}"), ("", "_LR"), ("", "_lr"), ("_HR", f"_LR{s}"), ("_HR", "_LR"), ("_hr", "_lr"), ("_GT", "_LR"), ("_x1", f"_x{s}")]
 
-
+# %% ../nbs/08a_pairs.ipynb #c010
 def _key(path: Path, folder: Path, suffix: str) -> str | None:
     "The subfolder and the stem without `suffix`; None for a stem that does not end so."
     stem = path.relative_to(folder).with_suffix("").as_posix()
     return stem[: len(stem) - len(suffix)] if stem.endswith(suffix) and path.stem != suffix else None
 
-# %% ../nbs/08a_pairs.ipynb #c010
+# %% ../nbs/08a_pairs.ipynb #c013
 def _keyed(folder: Path, suffix: str) -> tuple[dict, list[Path]]:
     "key -> file, and the pictures whose stem does not end in `suffix`. `ValueError` for a key that two files have."
     keyed, others = {}, []
@@ -47,14 +47,14 @@ def _keyed(folder: Path, suffix: str) -> tuple[dict, list[Path]]:
             others.append(path) if key is None else keyed.update({key: path})
     return keyed, others
 
-
+# %% ../nbs/08a_pairs.ipynb #c015
 def _mismatch(hr: tuple, lr: tuple) -> list[str]:
     "Lines that name what has no partner under a rule."
     (hr, hr_others), (lr, lr_others) = hr, lr
     groups = [("without an LR partner", sorted(set(hr) - set(lr))), ("without an HR partner", sorted(set(lr) - set(hr))), ("HR names that do not end so", [p.name for p in hr_others]), ("LR names that do not end so", [p.name for p in lr_others])]
     return [f"{len(found)} {what}: {', '.join(found[:10])}{' ...' if len(found) > 10 else ''}" for what, found in groups if found]
 
-# %% ../nbs/08a_pairs.ipynb #c013
+# %% ../nbs/08a_pairs.ipynb #c018
 def join_pairs(
     hr: str | Path,  # folder of the large pictures, searched with its subfolders
     lr: str | Path,  # folder of the small pictures
@@ -74,7 +74,16 @@ def join_pairs(
     raise ValueError(f"{hr} and {lr} do not match. By the rule *{ends[0]} with *{ends[1]}, {joined} names join, and there are\n  " + "\n  ".join(lines)
                      + f"\nAdd or remove files, or give the endings of the names, for instance rule=('_HR', '_LR{scale}')")
 
-# %% ../nbs/08a_pairs.ipynb #c017
+# %% ../nbs/08a_pairs.ipynb #c022
+def _sides(path: Path) -> tuple[int, int]:
+    "Width and height, by the header. `ValueError` naming a file that has none."
+    try:
+        header = picture_header(path)
+    except Exception as error:  # whatever Pillow raises
+        raise ValueError(f"{path.name} cannot be read ({error})") from error
+    return header["width"], header["height"]
+
+# %% ../nbs/08a_pairs.ipynb #c025
 def pair_problem(
     hr: Path,  # the large picture
     lr: Path,  # the small picture
@@ -82,18 +91,15 @@ def pair_problem(
     size: int = 1,  # side of the HR crop, pixels
 ) -> str | None:
     "Why two pictures are no pair, by their headers, or None."
-    sides = []
-    for path in (hr, lr):
-        try:
-            header = picture_header(path); sides.append((header["width"], header["height"]))
-        except Exception as error:  # whatever Pillow raises
-            return f"{path.name} cannot be read ({error})"
-    (w, h), (small_w, small_h) = sides
+    try:
+        (w, h), (small_w, small_h) = _sides(hr), _sides(lr)
+    except ValueError as error:
+        return str(error)
     if (w, h) != (small_w * scale, small_h * scale):
         return f"{hr.name} is {w}x{h} and {lr.name} is {small_w}x{small_h}: expected {small_w * scale}x{small_h * scale} for scale {scale}"
     return f"{hr.name} is {w}x{h}, smaller than the crop of {size}x{size}" if min(w, h) < size else None
 
-# %% ../nbs/08a_pairs.ipynb #c018
+# %% ../nbs/08a_pairs.ipynb #c027
 def find_pairs(
     hr: str | Path,  # folder of the large pictures
     lr: str | Path,  # folder of the small pictures
@@ -113,7 +119,7 @@ def find_pairs(
         raise ValueError(f"{len(bad)} of {len(pairs)} pairs in {hr} and {lr} do not fit:\n  " + "\n  ".join(list(bad.values())[:10]) + "\nReplace or remove them" + (", or take on_bad='skip'" if len(bad) < len(pairs) else ""))
     return [pair for pair, reason in zip(pairs, reasons) if not reason], bad
 
-# %% ../nbs/08a_pairs.ipynb #c022
+# %% ../nbs/08a_pairs.ipynb #c031
 class PairFiles:
     "Pairs in two folders, as `join_pairs` or `find_pairs` return them: a source for `PairedCrops`."
 
@@ -134,7 +140,7 @@ class PairFiles:
     def digest(self) -> str:
         return hashlib.sha256("".join(f"{key}:{hr.stat().st_size}:{lr.stat().st_size};" for key, hr, lr in self.pairs).encode()).hexdigest()[:16]
 
-# %% ../nbs/08a_pairs.ipynb #c024
+# %% ../nbs/08a_pairs.ipynb #c034
 class PairedCrops(Pairs):
     "Aligned crops of pairs that exist already; `dataset.draw(index, epoch)` depends on (seed, index, epoch) alone."
 
@@ -159,14 +165,14 @@ class PairedCrops(Pairs):
         top, left, mirrored = draw_crop(*lr.shape[:2], small, sample_generator(self.seed, index, epoch, stream="crop"))
         return cut(hr, s * top, s * left, self.size, mirrored), cut(lr, top, left, small, mirrored)
 
-# %% ../nbs/08a_pairs.ipynb #c030
+# %% ../nbs/08a_pairs.ipynb #c040
 def _save_png(image: Tensor, path: Path) -> None:
     "Write (3, H, W) in [0, 1] as a PNG of 8 bits, aside first."
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     Image.fromarray((image * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()).save(part, "PNG")
     os.replace(part, path)
 
-
+# %% ../nbs/08a_pairs.ipynb #c042
 class _PairWriter(Dataset):
     "Item k draws the k-th missing pair and stores it."
 
@@ -182,7 +188,7 @@ class _PairWriter(Dataset):
         for kind in ("lr", "hr"): _save_png(sample[kind], self.out / kind / f"{name}.png")
         return name
 
-# %% ../nbs/08a_pairs.ipynb #c031
+# %% ../nbs/08a_pairs.ipynb #c044
 def pair_name(
     index: int,  # which picture
     epoch: int,  # which time
@@ -190,7 +196,7 @@ def pair_name(
     "What a stored pair is called."
     return f"{index:07d}_{epoch:03d}"
 
-
+# %% ../nbs/08a_pairs.ipynb #c046
 def _same_recipe(out: Path, recipe: dict) -> None:
     "Write pairs.json, or compare with the one that is there."
     file = out / "pairs.json"
@@ -202,7 +208,13 @@ def _same_recipe(out: Path, recipe: dict) -> None:
     else:
         part = out / f".pairs.json.{os.getpid()}"; part.write_text(json.dumps(recipe, indent=1) + "\n"); os.replace(part, file)
 
-# %% ../nbs/08a_pairs.ipynb #c032
+# %% ../nbs/08a_pairs.ipynb #c048
+def _missing_pairs(out: Path, pictures: int, epochs: int) -> list[tuple[int, int]]:
+    "(index, epoch) of every pair that is not in the folder yet."
+    there = {path.stem for path in (out / "hr").glob("*.png")} & {path.stem for path in (out / "lr").glob("*.png")}
+    return [(index, epoch) for epoch in range(epochs) for index in range(pictures) if pair_name(index, epoch) not in there]
+
+# %% ../nbs/08a_pairs.ipynb #c051
 def write_pairs(
     dataset,  # draws the pairs, e.g. a `PairDataset`
     out: str | Path,  # folder that gets hr/, lr/ and pairs.json
@@ -214,9 +226,7 @@ def write_pairs(
     out = Path(out)
     for kind in ("hr", "lr"): (out / kind).mkdir(parents=True, exist_ok=True)
     _same_recipe(out, dict(size=dataset.size, scale=dataset.scale, seed=dataset.seed, preset=str(getattr(dataset, "preset", "")), pictures=len(dataset), digest=dataset.digest()))
-    wanted = [(index, epoch) for epoch in range(epochs) for index in range(len(dataset))]
-    there = {path.stem for path in (out / "hr").glob("*.png")} & {path.stem for path in (out / "lr").glob("*.png")}
-    missing = [pair for pair in wanted if pair_name(*pair) not in there]
+    wanted, missing = epochs * len(dataset), _missing_pairs(out, len(dataset), epochs)
     for done, _ in enumerate(DataLoader(_PairWriter(dataset, out, missing), batch_size=None, num_workers=num_workers), 1):
-        if tell: tell(len(wanted) - len(missing) + done, len(wanted))
-    return len(wanted)
+        if tell: tell(wanted - len(missing) + done, wanted)
+    return wanted

@@ -243,11 +243,12 @@ def scan_photographs(
     min_side: int = 128,  # smallest usable side, pixels: the size of a training crop
     keep: PictureFilter = PictureFilter(0, 0),  # which sizes are wanted; by default all that hold a crop
     decode: bool = True,  # decode every picture; False: believe the headers
+    first: int = None,  # look at the first files by name only; None: at all
 ) -> tuple[list[Path], dict[Path, str]]:  # the good ones in a fixed order, and the bad ones with the reason
     "Look at every photograph once. Raises `FileNotFoundError` or `NotADirectoryError` for the folder, `ValueError` if nothing in it can be used."
     folder = existing_folder(folder)
     files = files_below(folder)
-    pictures = [p for p in files if p.suffix.lower() in EXTENSIONS]
+    pictures = [p for p in files if p.suffix.lower() in EXTENSIONS][:first]
     with ThreadPoolExecutor(4) as pool:
         reasons = list(pool.map(lambda p: picture_problem(p, min_side, keep, decode), pictures))
     good = [p for p, reason in zip(pictures, reasons) if reason is None]

@@ -18,6 +18,7 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -35,7 +36,7 @@ def key_and_ending(
     found = re.fullmatch(r"((?:.*/)?[^/.]+)\.([^/]+)", name.removeprefix("./"))
     return (found[1], found[2].lower()) if found and not re.fullmatch(r"__.*__", name) else None
 
-
+# %% ../nbs/08b_shards.ipynb #c009
 def role_of(
     ending: str,  # of a member
 ) -> int | None:  # place in `ROLES`
@@ -47,12 +48,22 @@ def role_of(
 
 ROLES = "picture or hr", "lr", "caption as text", "caption as JSON"
 
-# %% ../nbs/08b_shards.ipynb #c011
+# %% ../nbs/08b_shards.ipynb #c013
+def _end_problem(path: Path, end: int) -> str:
+    "What is wrong with a tar file whose last member ends at byte `end`, or an empty text."
+    size = path.stat().st_size
+    if end >= size:
+        return f"is cut short: it has {size:,} bytes and no end mark (an interrupted copy or download?)" if size else "is empty (0 bytes)"
+    with open(path, "rb") as file:
+        file.seek(end)
+        return f"is damaged after byte {end:,}" if any(file.read(512)) else ""
+
+# %% ../nbs/08b_shards.ipynb #c015
 def tar_members(
     path: Path,  # of a tar file, not compressed
 ) -> tuple[list[tuple[str, int, int]], str]:  # (name, offset of the data, size) of every whole file in it; what is wrong with the tar file, or ""
     "What lies where. `ValueError` for a file that is no plain tar file."
-    size, found, end, problem = path.stat().st_size, [], 0, ""
+    size, found, end = path.stat().st_size, [], 0
     try:
         with tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
@@ -63,15 +74,9 @@ def tar_members(
         if not found and size:
             packed = "compressed; unpack it first (gunzip), a sample cannot be found in it otherwise" if path.open("rb").read(2) == b"\x1f\x8b" else f"no tar file ({error})"
             raise ValueError(f"{path} is {packed}") from error
-    if end >= size:
-        problem = "is empty (0 bytes)" if not size else f"is cut short: it has {size:,} bytes and no end mark (an interrupted copy or download?)"
-    else:
-        with open(path, "rb") as file:
-            file.seek(end)
-            if any(file.read(512)): problem = f"is damaged after byte {end:,}"
-    return found, problem
+    return found, _end_problem(path, end)
 
-# %% ../nbs/08b_shards.ipynb #c015
+# %% ../nbs/08b_shards.ipynb #c019
 def _sample_problem(key: str, endings: list[str], counts: Counter) -> str | None:
     "Why these members are no sample, or None."
     first = [e for e in endings if role_of(e) == 0]
@@ -83,7 +88,7 @@ def _sample_problem(key: str, endings: list[str], counts: Counter) -> str | None
     if bool(lr) != first[0].startswith("hr."):
         return f"its members are {', '.join(endings)}: half a pair"
 
-# %% ../nbs/08b_shards.ipynb #c017
+# %% ../nbs/08b_shards.ipynb #c022
 @dataclass
 class ShardIndex:
     "Where the samples of one tar file lie."
@@ -92,7 +97,7 @@ class ShardIndex:
     problem: str  # what is wrong with the tar file, or ""
     bad: dict  # key -> reason, of what is no sample
 
-
+# %% ../nbs/08b_shards.ipynb #c024
 def scan_shard(
     path: Path,  # of a tar file
 ) -> ShardIndex:
@@ -111,16 +116,20 @@ def scan_shard(
         for _, ending, offset, size in group: row[role_of(ending)] = offset, size
     return ShardIndex([key for key, _ in good], spans, problem, bad)
 
-# %% ../nbs/08b_shards.ipynb #c021
+# %% ../nbs/08b_shards.ipynb #c028
+def _index_file(path: Path, index_folder: str | Path | None) -> Path:
+    "Where a shard's index is kept; in one folder, shards of one name from different places get different files."
+    tag = f"-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}" if index_folder else ""
+    return Path(index_folder or path.parent) / f"{path.name}{tag}.index.json"
+
+# %% ../nbs/08b_shards.ipynb #c031
 def shard_index(
     path: Path,  # of a tar file
     index_folder: str | Path = None,  # where index files are kept; None: beside the shards
 ) -> ShardIndex:
     "The index of a shard: from its file if that is up to date, else scanned and stored."
     path = Path(path); stat = path.stat()
-    stamp = dict(version=1, size=stat.st_size, mtime_ns=stat.st_mtime_ns)
-    tag = f"-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}" if index_folder else ""
-    file = Path(index_folder or path.parent) / f"{path.name}{tag}.index.json"
+    stamp, file = dict(version=1, size=stat.st_size, mtime_ns=stat.st_mtime_ns), _index_file(path, index_folder)
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
         if all(stored[k] == v for k, v in stamp.items()):
@@ -136,7 +145,7 @@ def shard_index(
         pass  # the index is a convenience
     return index
 
-# %% ../nbs/08b_shards.ipynb #c025
+# %% ../nbs/08b_shards.ipynb #c035
 def find_shards(
     data: str | Path,  # a folder of tar files, one tar file, a pattern with * or ?, or {000..146}
 ) -> list[Path]:  # sorted by name
@@ -152,7 +161,21 @@ def find_shards(
         raise FileNotFoundError(f"{data}: " + (f"{len(missing)} of {len(found)} shards are not there: {', '.join(missing[:5])}" if missing else f"no tar file is there (looked from {Path.cwd()})"))
     return found
 
-# %% ../nbs/08b_shards.ipynb #c029
+# %% ../nbs/08b_shards.ipynb #c039
+def _shard_report(paths: list, indexes: list) -> list[str]:
+    "What is wrong with shards, a line for each thing."
+    shards = [f"{p} {i.problem}; {len(i.keys)} whole samples" for p, i in zip(paths, indexes) if i.problem]
+    return shards + [f"{p}: {key}: {reason}" for p, i in zip(paths, indexes) for key, reason in i.bad.items()]
+
+
+def _shard_kind(paths: list, indexes: list) -> str:
+    "'picture' or 'pair'. `ValueError` for a mixture, or for nothing."
+    kinds = {bool(pair) for i in indexes for pair in np.unique(i.spans[:, 1, 1] > 0)}
+    if len(kinds) != 1:
+        raise ValueError(f"{', '.join(map(str, paths[:3]))}: " + ("some samples are pictures and some are pairs; keep them in different sets" if kinds else f"no sample in {len(paths)} shards: expected members such as a.jpg, or a.hr.png and a.lr.png"))
+    return "pair" if kinds.pop() else "picture"
+
+# %% ../nbs/08b_shards.ipynb #c042
 class Shards:
     "Samples in tar files: a source for `PairDataset` (kind 'picture') or `PairedCrops` (kind 'pair')."
 
@@ -167,19 +190,15 @@ class Shards:
         self.paths, self.on_bad = [Path(p) for p in paths], on_bad
         self.indexes = [shard_index(p, index_folder) for p in self.paths]
         self.ends = np.cumsum([len(i.keys) for i in self.indexes])
-        self.report = [f"{p} {i.problem}; {len(i.keys)} whole samples" for p, i in zip(self.paths, self.indexes) if i.problem]
-        self.report += [f"{p}: {key}: {reason}" for p, i in zip(self.paths, self.indexes) for key, reason in i.bad.items()]
+        self.report = _shard_report(self.paths, self.indexes)
         if self.report and on_bad == "raise":
             raise ValueError(f"{len(self.report)} things are wrong with these shards:\n  " + "\n  ".join(self.report[:10]) + "\nReplace them, or take on_bad='skip' to use the samples that are whole")
-        pairs = {bool(size) for i in self.indexes for size in np.unique(i.spans[:, 1, 1] > 0)}
-        if len(pairs) != 1:
-            raise ValueError(f"{', '.join(map(str, self.paths[:3]))}: " + ("some samples are pictures and some are pairs; keep them in different sets" if pairs else f"no sample in {len(self.paths)} shards: expected members such as a.jpg, or a.hr.png and a.lr.png"))
-        self.kind = "pair" if pairs.pop() else "picture"
+        self.kind = _shard_kind(self.paths, self.indexes)
 
     def __len__(self):
         return int(self.ends[-1])
 
-# %% ../nbs/08b_shards.ipynb #c031
+# %% ../nbs/08b_shards.ipynb #c045
 def _caption(text: bytes, data: bytes, where: str) -> str:
     "The caption of a sample: its text member, or the field `caption` or `text` of its JSON member."
     try:
@@ -189,33 +208,26 @@ def _caption(text: bytes, data: bytes, where: str) -> str:
     found = fields.get("caption", fields.get("text", "")) if isinstance(fields, dict) else ""
     return text.decode("utf-8", "replace").strip() if text else found if isinstance(found, str) else ""
 
-
+# %% ../nbs/08b_shards.ipynb #c048
 def _locate(self: Shards, index: int) -> tuple[int, int]:
     "(which shard, which of its samples)."
     shard = int(np.searchsorted(self.ends, index, side="right"))
     return shard, index - int(self.ends[shard]) + len(self.indexes[shard].keys)
 
-
+# %% ../nbs/08b_shards.ipynb #c050
 def _raw(self: Shards, index: int, file=None) -> list[bytes]:
     "The members of a sample, by role; from `file` where its shard is open already."
     shard, row = self._locate(index)
-    with open(self.paths[shard], "rb") if file is None else _Borrowed(file) as opened:
+    with open(self.paths[shard], "rb") if file is None else nullcontext(file) as opened:
         members = []
         for offset, size in self.indexes[shard].spans[row].tolist():
             if size: opened.seek(offset)
             members.append(opened.read(size) if size else b"")
     return members
 
-
-class _Borrowed:
-    "An open file that is not ours to close."
-    def __init__(self, file): self.file = file
-    def __enter__(self): return self.file
-    def __exit__(self, *_): pass
-
 Shards._locate, Shards._raw = _locate, _raw
 
-# %% ../nbs/08b_shards.ipynb #c034
+# %% ../nbs/08b_shards.ipynb #c053
 def _decode(self: Shards, index: int, members: list[bytes]) -> Item:
     "A sample's members as an item. `ValueError` naming shard and key where one cannot be decoded."
     shard, row = self._locate(index)
@@ -230,7 +242,7 @@ Shards.item = lambda self, index: self.decode(index, self._raw(index))
 Shards.names = lambda self: [key for index in self.indexes for key in index.keys]
 Shards.digest = lambda self: hashlib.sha256("".join(f"{p.name}:{p.stat().st_size};" for p in self.paths).encode()).hexdigest()[:16]
 
-# %% ../nbs/08b_shards.ipynb #c038
+# %% ../nbs/08b_shards.ipynb #c057
 def buffered_order(
     n: int,  # how many pass through
     buffer: int,  # samples in the buffer, >= 1
@@ -247,7 +259,7 @@ def buffered_order(
         else: held[slot] = held[-1]; held.pop()
     return out
 
-# %% ../nbs/08b_shards.ipynb #c042
+# %% ../nbs/08b_shards.ipynb #c061
 class ShardStream:
     "A dataset over shards, read from front to back through a shuffle buffer: it has `read` in place of `draw`, and takes the same place in `pair_loader`."
 
@@ -266,21 +278,24 @@ class ShardStream:
     def digest(self) -> str:
         return self.dataset.digest()
 
-    def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        "Sample numbers in the order of reading, and the place in that order of each sample out."
-        shards = self.dataset.items
-        permutation = torch.randperm(len(shards.paths), generator=sample_generator(self.seed, epoch, stream="shards")).tolist()
-        numbers = np.concatenate([np.arange(shards.ends[k] - len(shards.indexes[k].keys), shards.ends[k]) for k in permutation])
-        return numbers, buffered_order(len(numbers), self.buffer, sample_generator(self.seed, epoch, stream="buffer"))
+# %% ../nbs/08b_shards.ipynb #c063
+def _stream_order(self: ShardStream, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    "Sample numbers in the order of reading, and the place in that order of each sample out."
+    shards = self.dataset.items
+    permutation = torch.randperm(len(shards.paths), generator=sample_generator(self.seed, epoch, stream="shards")).tolist()
+    numbers = np.concatenate([np.arange(shards.ends[k] - len(shards.indexes[k].keys), shards.ends[k]) for k in permutation])
+    return numbers, buffered_order(len(numbers), self.buffer, sample_generator(self.seed, epoch, stream="buffer"))
 
-# %% ../nbs/08b_shards.ipynb #c044
+ShardStream.order = _stream_order
+
+# %% ../nbs/08b_shards.ipynb #c066
 def _read(self: ShardStream, positions: Iterable[int]) -> Iterator[dict]:
     "The samples of ascending positions in the endless row of epochs."
     for epoch, group in groupby(positions, key=lambda p: p // len(self)):
         places = np.fromiter((p - epoch * len(self) for p in group), np.int64)
         yield from self._pass(epoch, places)
 
-
+# %% ../nbs/08b_shards.ipynb #c068
 def _pass(self: ShardStream, epoch: int, places: np.ndarray) -> Iterator[dict]:
     "One epoch's samples at these places: files are read forwards only."
     numbers, out = self.order(epoch)
@@ -300,7 +315,7 @@ def _pass(self: ShardStream, epoch: int, places: np.ndarray) -> Iterator[dict]:
 
 ShardStream.read, ShardStream._pass = _read, _pass
 
-# %% ../nbs/08b_shards.ipynb #c049
+# %% ../nbs/08b_shards.ipynb #c073
 def _shard_plan(samples: list, size_mb: float) -> list[list]:
     "Samples, in shards of about `size_mb` megabytes."
     plan, filled = [[]], 0
@@ -311,7 +326,7 @@ def _shard_plan(samples: list, size_mb: float) -> list[list]:
         plan[-1].append((key, members)); filled += size
     return plan
 
-
+# %% ../nbs/08b_shards.ipynb #c075
 def _write_shard(path: Path, samples: list) -> None:
     "One tar file, aside first; the same bytes for the same samples."
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -325,7 +340,7 @@ def _write_shard(path: Path, samples: list) -> None:
     finally:
         part.unlink(missing_ok=True)
 
-# %% ../nbs/08b_shards.ipynb #c050
+# %% ../nbs/08b_shards.ipynb #c077
 def _members(entry, root: Path | None, captions: dict) -> tuple[str, dict]:
     "(key, members) of a picture, or of a pair (name, HR file, LR file)."
     if isinstance(entry, tuple):
@@ -336,7 +351,7 @@ def _members(entry, root: Path | None, captions: dict) -> tuple[str, dict]:
     *folders, stem = name.split("/")
     return "/".join([*folders, stem.replace(".", "_")]), {**files, **({"txt": text.encode()} if text else {})}
 
-# %% ../nbs/08b_shards.ipynb #c052
+# %% ../nbs/08b_shards.ipynb #c080
 def write_shards(
     source,  # a folder of pictures, a list of them, or a list of pairs (name, HR file, LR file)
     out: str | Path,  # folder that gets the shards
@@ -362,7 +377,7 @@ def write_shards(
         if tell: tell(k + 1, len(plan))
     return paths, bad
 
-# %% ../nbs/08b_shards.ipynb #c054
+# %% ../nbs/08b_shards.ipynb #c082
 def _same_plan(out: Path, plan: list, prefix: str) -> None:
     "Write the plan's digest, or compare with the one that is there."
     what = [[(key, {e: m.stat().st_size if isinstance(m, Path) else m.decode() for e, m in members.items()}) for key, members in shard] for shard in plan]
