@@ -357,7 +357,7 @@ def escape_tex(text: str) -> str:
 def _tex_cell(cell: Cell, metric: str, letter: str) -> str:
     "One cell: bold, underlined, gain in green or red, letter."
     text = {1: r"\textbf{%s}", 2: r"\underline{%s}"}.get(cell.rank, "%s") % _number(cell, metric)
-    colour = "green!45!black" if (cell.gain or 0) >= 0 else "red!70!black"
+    colour = "green!45!black" if (cell.gain or 0) > -0.05 else "red!70!black"
     gain = r" {\footnotesize\textcolor{%s}{%s}}" % (colour, escape_tex(_gain(cell))) if _gain(cell) else ""
     return text + (r"\textsuperscript{%s}" % letter if letter else "") + gain
 
@@ -394,13 +394,13 @@ def _html_cell(cell: Cell, metric: str, letter: str, anchor: str) -> str:
     text = {1: "<strong>{}</strong>", 2: "<u>{}</u>"}.get(cell.rank, "{}").format(_number(cell, metric).replace("-", "<span aria-hidden=true>-</span><span class=said>no value</span>") if cell.mean is None else _number(cell, metric))
     text += f'<span class=said>, {said}</span>' if said else ""
     text += f'<sup><a href="#{anchor}-{letter}" aria-label="note {letter}">{letter}</a></sup>' if letter else ""
-    return f"<td>{text}" + (f' <span class="{"gain" if cell.gain >= 0 else "loss"}">{_gain(cell)}</span>' if _gain(cell) else "") + "</td>"
+    return f"<td>{text}" + (f' <span class="{"gain" if cell.gain > -0.05 else "loss"}">{_gain(cell)}</span>' if _gain(cell) else "") + "</td>"
 
 # %% ../nbs/21_comparison.ipynb #c102
 _STYLE = """<style>.framer-table{overflow-x:auto}.framer-table table{border-collapse:collapse;font-variant-numeric:tabular-nums}.framer-table caption{text-align:left;padding:.4em 0;max-width:60em}
 .framer-table th,.framer-table td{padding:.2em .6em;text-align:right;white-space:nowrap}.framer-table th[scope=row],.framer-table th[scope=rowgroup]{text-align:left;vertical-align:top;font-weight:normal}
 .framer-table thead th{border-bottom:1px solid;text-align:center}.framer-table tbody{border-bottom:1px solid}.framer-table .gain{color:light-dark(#0a6b2d,#6fdc8c)}.framer-table .loss{color:light-dark(#a3231f,#ff9a92)}
-.framer-table .said{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}</style>"""
+.framer-table p{max-width:60em;overflow-wrap:anywhere}.framer-table .said{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}</style>"""
 
 # %% ../nbs/21_comparison.ipynb #c105
 def html_table(table: Table, anchor: str = "table1") -> str:

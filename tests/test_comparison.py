@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from framer.comparison import bootstrap_interval, compare, example_results, holm, paired_statistics, read_evaluation, relative_gain, score_methods, signed_rank, significance, to_csv, to_html, to_latex, to_markdown
+from framer.comparison import bootstrap_interval, compare, example_results, holm, paired_statistics, read_evaluation, relative_gain, save_scores, score_methods, signed_rank, significance, to_csv, to_html, to_latex, to_markdown
+from framer.metrics import Scores
+from framer.runs import write_json
 from framer.testsets import check_testset
 
 ROOT = Path(__file__).parents[1]
@@ -133,18 +135,22 @@ def root(tmp_path_factory):
         pixels = random.integers(60, 200, (12, 12, 3)).repeat(4, 0).repeat(4, 1)
         for name, noise, ending in (("gt", 0, "_HR"), ("base", 12, "_x4"), ("ours", 6, "")):
             Image.fromarray((pixels + random.integers(-noise, noise + 1, pixels.shape)).clip(0, 255).astype(np.uint8)).save(root / name / f"p{i}{ending}.png")
+    earlier = {method: Scores(dict(image=f"{i}.png", psnr=20.0 + i + k) for i in range(3)) for k, method in enumerate(("base_line", "FRAMER_U"))}
+    for scores in earlier.values(): scores.protocol, scores.versions = "framer", {"pyiqa": "0.0"}
+    (root / "reports/earlier").mkdir(parents=True); write_json(root / "reports/earlier/evaluation.json", dict(dataset="Earlier", scores=save_scores(earlier, root / "reports/earlier")))
     (root / "ours/p3.png").unlink(); whole = (root / "base/p5_x4.png").read_bytes(); (root / "base/p5_x4.png").write_bytes(whole[:len(whole) // 2])
     return root
 
 
 def test_notebook_scores_the_rest_and_shows_the_gaps(root, tmp_path):
-    done = papermill(tmp_path / "out.ipynb", root, "-y", "{results: {base_line: base, FRAMER_U: ours}, pairs: {base_line: FRAMER_U}, metrics: [psnr, ssim, lpips]}", references="gt", dataset="tiny", run="gaps", worst=1, crop=24, resamples=500)
+    done = papermill(tmp_path / "out.ipynb", root, "-y", "{results: {base_line: base, FRAMER_U: ours}, pairs: {base_line: FRAMER_U}, metrics: [psnr, ssim, lpips], include: [earlier]}", references="gt", dataset="tiny", run="gaps", worst=1, crop=24, resamples=500)
     assert done.returncode == 0, done.stderr[-3000:]
     run = root / "reports/gaps"; about, text = json.loads((run / "evaluation.json").read_text()), (run / "table1.md").read_text()
     assert about["methods"]["FRAMER_U"]["counts"]["psnr"] == 7 and about["methods"]["base_line"]["counts"]["psnr"] == 7 and about["environment"]["hardware"]["cpu"] and about["config"]["pairs"] == {"base_line": "FRAMER_U"}
     assert "p3_HR.png: there is no result" in str(about["methods"]["FRAMER_U"]) and "p5_x4.png is cut off" in str(about["methods"]["base_line"])
     assert "mean over 7 of 8 images" in text and "Protocol: framer" in text and "pyiqa" in text and "not available" in text and "| LPIPS ↓ | -<sup>" in text
-    paired = {row["metric"]: row for row in csv.DictReader((run / "significance.csv").open())}
+    assert "| Earlier | PSNR ↑ | 21.00 | **22.00** (+4.8%) |" in text and "pyiqa 0.0 (base\\_line, FRAMER\\_U)" in text
+    paired = {row["metric"]: row for row in csv.DictReader((run / "significance.csv").open()) if row["testset"] == "tiny"}
     assert paired["psnr"]["n"] == "6" and float(paired["psnr"]["improvement"]) > 3 and paired["psnr"]["wins"] == "6" and paired["lpips"]["n"] == "0"
     assert len(list(csv.DictReader((run / "scores.csv").open()))) == 16
     for name in ("table1.tex", "table1.html", "table1.csv", "figures/base_line-FRAMER_U-scatter-psnr.png", "figures/base_line-FRAMER_U-differences.png", "figures/base_line-FRAMER_U-worst.png", "figures/base_line-FRAMER_U-best.png"): assert (run / name).stat().st_size > 200, name
