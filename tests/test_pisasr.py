@@ -194,16 +194,18 @@ def test_posterior_is_drawn_in_training_and_not_at_inference():
 
 
 @pytest.mark.parametrize("stage", ADAPTERS)
-@pytest.mark.parametrize("size", [dict(b=1, h=32, w=32), dict(b=1, h=24, w=56), dict(b=3, h=40, w=32)], ids=str)
-def test_batch_of_one_and_any_shape(stage, size):
-    loss, _ = loss_of(make(stage), **size)
-    loss.backward(); assert loss.isfinite()
+def test_batch_of_one_and_any_shape(stage):
+    backbone = make(stage)
+    for size in (dict(b=1, h=32, w=32), dict(b=1, h=24, w=56), dict(b=3, h=40, w=32)):
+        loss, _ = loss_of(backbone, **size)
+        loss.backward(); assert loss.isfinite(), size
 
 
-@pytest.mark.parametrize("h, w", [(8, 8), (7, 12), (5, 3), (1, 1), (2, 31)])
-def test_restore_takes_any_size(h, w):
-    out = make().restore(torch.rand(2, 3, h, w))
-    assert out.shape == (2, 3, 4 * h, 4 * w) and 0 <= out.min() and out.max() <= 1 and not out.requires_grad
+def test_restore_takes_any_size():
+    backbone = make()
+    for h, w in ((8, 8), (7, 12), (5, 3), (1, 1), (2, 31)):
+        out = backbone.restore(torch.rand(2, 3, h, w))
+        assert out.shape == (2, 3, 4 * h, 4 * w) and 0 <= out.min() and out.max() <= 1 and not out.requires_grad
 
 
 @pytest.mark.parametrize("stage", ADAPTERS)
