@@ -138,25 +138,21 @@ def _band(taps: int, sigma: float, width: int) -> Tensor:
     return band
 
 # %% ../nbs/05a_kernels.ipynb #c043
-def _blur_columns(plane: Tensor, band: Tensor) -> Tensor:
-    "(H, W) blurred along H: strips of rows, each (width + taps - 1, W), times the band."
-    (reach, width), height = band.shape, plane.shape[0]
-    border = (reach - width) // 2
-    padded = F.pad(_pad(plane[None], border, 0)[0], (0, 0, 0, -height % width))
-    return torch.matmul(band.T, padded.unfold(0, reach, width).transpose(1, 2)).reshape(-1, plane.shape[1])[:height]
-
-# %% ../nbs/05a_kernels.ipynb #c045
 def gaussian_blur(
     image: Tensor,  # (..., H, W)
     taps: int,  # odd
     sigma: float,  # pixels
 ) -> Tensor:  # like `image`
-    "Gaussian blur as a product with a row and one with a column, the border mirrored."
-    band = _band(taps, sigma, 64).to(image)
-    planes = [_blur_columns(_blur_columns(p, band).T, band).T for p in image.reshape(-1, *image.shape[-2:])]
-    return torch.stack(planes).reshape(image.shape)
+    "Gaussian blur as a product with a column and one with a row, the border mirrored."
+    band, (height, width) = _band(taps, sigma, 64).to(image), image.shape[-2:]
+    planes = _pad(image.reshape(-1, height, width), taps // 2, taps // 2)
+    planes = F.pad(planes, (0, -width % 64, 0, -height % 64))
+    strips = [plane.unfold(0, len(band), 64).transpose(1, 2) for plane in planes]
+    tall = torch.stack([torch.matmul(band.T, strip).flatten(0, 1) for strip in strips])
+    wide = torch.matmul(tall.unfold(2, len(band), 64), band).flatten(2)
+    return wide[:, :height, :width].reshape(image.shape)
 
-# %% ../nbs/05a_kernels.ipynb #c049
+# %% ../nbs/05a_kernels.ipynb #c047
 def sharpen(
     image: Tensor,  # (..., 3, H, W) in [0, 1]
     weight: float = 0.5,  # how much of the difference is added
@@ -167,6 +163,6 @@ def sharpen(
     taps = radius + 1 - radius % 2
     sigma = 0.3 * ((taps - 1) * 0.5 - 1) + 0.8  # OpenCV's sigma for a kernel of that many taps
     residual = image - gaussian_blur(image, taps, sigma)
-    mask = gaussian_blur((residual.abs() * 255 > threshold).to(image), taps, sigma)
+    mask = gaussian_blur((residual.abs() > threshold / 255).to(image), taps, sigma)
     sharp = torch.add(image, residual, alpha=weight).clamp_(0, 1)
     return torch.lerp(image, sharp, mask).clamp_(0, 1)
