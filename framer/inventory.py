@@ -123,8 +123,8 @@ def near_duplicates(
     "Pictures that are copies of each other: resized, saved again, mirrored, or cropped by some per cent. Flat pictures are left out."
     inside, b, found = b is None, a if b is None else b, []
     for start in range(0, len(a), 64):
-        for begin in range(start if inside else 0, len(b), 2048):
-            distance, where = _nearest(a[start : start + 64], b[begin : begin + 2048])
+        for begin in range(start if inside else 0, len(b), 256):
+            distance, where = _nearest(a[start : start + 64], b[begin : begin + 256])
             for i, j in np.argwhere(distance <= limit):
                 one, two = start + int(i), begin + int(j)
                 if (inside and one >= two) or a[one].flat or b[two].flat: continue
