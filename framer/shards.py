@@ -52,11 +52,12 @@ ROLES = "picture or hr", "lr", "caption as text", "caption as JSON"
 def _end_problem(path: Path, end: int) -> str:
     "What is wrong with a tar file whose last member ends at byte `end`, or an empty text."
     size = path.stat().st_size
-    if end >= size:
-        return f"is cut short: it has {size:,} bytes and no end mark (an interrupted copy or download?)" if size else "is empty (0 bytes)"
     with open(path, "rb") as file:
         file.seek(end)
-        return f"is damaged after byte {end:,}" if any(file.read(512)) else ""
+        block = file.read(512)
+    if len(block) < 512:
+        return f"is cut short: it has {size:,} bytes and no end mark (an interrupted copy or download?)" if size else "is empty (0 bytes)"
+    return f"is damaged after byte {end:,}" if any(block) else ""
 
 # %% ../nbs/08b_shards.ipynb #c015
 def tar_members(

@@ -238,8 +238,8 @@ _FFHQ = Source("FFHQ", "FFHQ/images1024x1024", 10_000, pictures=70_000, page="ht
 RECIPES = {
     "framer": Recipe("framer", [
         Source("DIV2K", "DIV2K/DIV2K_train_HR", pictures=800, page="https://data.vision.ee.ethz.ch/cvl/DIV2K/", licence="academic research only"),
-        Source("DIV8K", "DIV8K/train", page="https://competitions.codalab.org/competitions/22217", licence="academic research only"),
-        Source("Flickr2K", "Flickr2K/Flickr2K_HR", pictures=2650, page="https://github.com/limbee/NTIRE2017", licence="academic research only; the photographs belong to their authors on Flickr"),
+        Source("DIV8K", "DIV8K/train", page="https://competitions.codalab.org/competitions/22217", licence="by registration with the challenge, under its terms"),
+        Source("Flickr2K", "Flickr2K/Flickr2K_HR", pictures=2650, page="https://github.com/limbee/NTIRE2017", licence="none stated; the photographs belong to their authors on Flickr"),
         _FFHQ]),
     "pisasr": Recipe("pisasr", [Source("LSDIR", "LSDIR/train", pictures=84_991, page="https://ofsoundof.github.io/lsdir-data/", licence="academic research only"), _FFHQ], PictureFilter(0, 0)),
 }
