@@ -38,7 +38,7 @@ from .captions import read_captions
 from .datasets import PairDataset, degraded_pair, pair_loader
 from .degradation import PRESETS
 from .distill import Framer, framer_config
-from .figures import image_grid, layer_figure, loss_figure, similarity_figure
+from .figures import image_grid, layer_figure, loss_figure, save_samples, similarity_figure
 from .metrics import score
 from .photographs import load_photograph, scan_photographs
 from .pisasr import lpips_vgg
@@ -439,12 +439,13 @@ def validate(
     config: TrainConfig,
     step: int,  # finished optimiser steps
 ) -> tuple[dict, dict]:  # scores of pictures sampled from noise (Algorithm 2) or in PiSA-SR's one step; and from the LR latent made half-way noisy, empty for PiSA-SR
-    "Restore the held-out pictures with the averaged weights, score them, and save a picture."
+    "Restore the held-out pictures with the averaged weights, score them, and keep them: together in figures/, each by itself in samples/."
     hr, lr = pairs
     noise = starting_noise(parts.backbone, lr, config.seed)
     with averaged_weights(parts), autocast(parts):
         made = {title: restore(parts.backbone, lr.to(parts.accelerator.device), noise, config.sampling_steps, s).float().cpu() for title, s in walks(parts).items()}
     save_figure(run, image_grid({"bicubic": list(bicubic(lr)), **{k: list(v) for k, v in made.items()}, "HR": list(hr)}, 1.4), f"validation-{step:06d}")
+    save_samples(run.path, step, {**made, "HR": hr, "LR": lr})
     scores = [mean_scores(v, hr) for v in made.values()]
     return scores[0], scores[1] if len(scores) > 1 else {}
 
