@@ -422,6 +422,8 @@ def open_dataset(
         raise ValueError(f"data={data!r}: unknown option {', '.join(sorted(unknown))}; {kind} takes {', '.join(OPTIONS[kind]) or 'none'}")
     captions = read_captions(root / captions) if isinstance(captions, (str, Path)) else {} if captions is None else captions
     want = Wanted(size, scale, preset, seed, captions, keep or PictureFilter(0, 0), decode, cache_mb, first, log or (lambda line: None))
+    if want.keep != PictureFilter(0, 0) and kind not in ("photographs", "recipe"):
+        want.log(f"{data}: taken as it is, the filter is for folders of photographs")
     if kind == "recipe": return _open_recipe(name, root, want)
     if kind == "hf": return _open_hub(str(root / name[3:]) if (root / name[3:]).is_dir() else name[3:], options, want)
     opener = dict(shards=_open_shards, pairs=_open_pairs, photographs=_open_photographs)[kind]
