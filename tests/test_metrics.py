@@ -1,7 +1,5 @@
-"""Metrics against published scores. The golden set (RealSR's test pairs with OSEDiff's outputs and log) is looked for beside the
-project and in $FRAMER_REALSR; it is academic data, so it is not part of the project, and where it is absent these tests say so."""
-import csv
-import json
+"""Metrics of tensors: the same numbers in training and evaluation, no network, no import beyond torch. Published and frozen scores
+are in test_evaluation.py."""
 import os
 import subprocess
 import sys
@@ -12,49 +10,19 @@ import torch
 
 pytest.importorskip("pyiqa")
 ROOT = Path(__file__).resolve().parents[1]
-GOLDEN = Path(os.environ.get("FRAMER_REALSR", ROOT.parent / "shared" / "data" / "realsr"))
-WEIGHTS = ROOT.parent / "shared" / "data" / "metric-weights"
 
 
-def read(path):
-    np, image = pytest.importorskip("numpy"), pytest.importorskip("PIL.Image")
-    return torch.from_numpy(np.asarray(image.open(path).convert("RGB")).copy()).permute(2, 0, 1) / 255
-
-
-def golden(count):
-    if not (GOLDEN / "osediff_published_metrics.csv").is_file():
-        pytest.skip(f"the golden set is not at {GOLDEN} (set FRAMER_REALSR)")
-    rows = list(csv.DictReader(open(GOLDEN / "osediff_published_metrics.csv")))
-    rows = [row for row in rows if (GOLDEN / "hr" / row["image"]).is_file()]
-    return rows[:: max(1, len(rows) // count)][:count]
-
-
-def test_published_psnr_and_ssim():
-    from framer.metrics import score
-    for row in golden(3):
-        scores = score(read(GOLDEN / "osediff" / row["image"]), read(GOLDEN / "hr" / row["image"]), protocol="seesr-y")
-        assert scores[0]["psnr"] == pytest.approx(float(row["PSNR"]), abs=1e-4), row["image"]
-        assert scores[0]["ssim"] == pytest.approx(float(row["SSIM"]), abs=1e-4), row["image"]
-
-
-def test_published_lpips_dists_niqe():
-    """In a process of its own: torch's hub folder is fixed when pyiqa is imported."""
-    rows = golden(2)
-    if not WEIGHTS.is_dir():
-        pytest.skip(f"no metric weights at {WEIGHTS}")
-    code = """import json, sys; sys.path.insert(0, "tests")
-from test_metrics import GOLDEN, read; from framer.metrics import score
-names = sys.argv[1:]
-scores = score([read(GOLDEN / "osediff" / n) for n in names], [read(GOLDEN / "hr" / n) for n in names], ("lpips", "dists", "niqe"), "seesr-y")
-print("RESULT" + json.dumps([list(scores), scores.missing]))"""
-    out = subprocess.run([sys.executable, "-c", code, *(row["image"] for row in rows)], cwd=ROOT, capture_output=True, text=True,
-                         env=dict(os.environ, TORCH_HOME=str(WEIGHTS)))
-    assert out.returncode == 0, out.stderr
-    scores, missing = json.loads(out.stdout.split("RESULT")[1])
-    assert not missing
-    for row, found in zip(rows, scores):
-        for name, within in dict(LPIPS=5e-4, DISTS=3e-4, NIQE=0.02).items():
-            assert found[name.lower()] == pytest.approx(float(row[name]), abs=within), (row["image"], name)
+def test_training_and_evaluation_take_the_same_values():
+    "The validation of a run scores tensors; the same pictures in files get the same numbers."
+    evaluation, training = pytest.importorskip("framer.evaluation"), pytest.importorskip("framer.training")
+    small = ROOT / "tests" / "golden"
+    pairs = evaluation.match_files(small / "results", small / "hr")
+    sides = [torch.stack([evaluation.read_image(path)[0] for path in side]) for side in zip(*pairs)]
+    scores, found = evaluation.evaluate(small / "results", small / "hr", metrics=["psnr", "ssim"]), training.mean_scores(*sides)
+    assert found["protocol"] == scores.protocol == "framer" and found["versions"] == scores.versions and found["missing"] == {}
+    for name in ("psnr", "ssim"):
+        assert found[name] == pytest.approx(scores.means[name], abs=1e-5)
+        assert [row[name] for row in found["per_image"]] == pytest.approx([row[name] for row in scores], abs=1e-5)
 
 
 def test_nothing_is_fetched(tmp_path):
@@ -62,14 +30,16 @@ def test_nothing_is_fetched(tmp_path):
     code = """import socket
 def refuse(*a, **k): raise AssertionError("the network was reached for")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-import torch; from framer.metrics import available, score
+import torch; from framer.metrics import METRICS, available, score
 assert [row["metric"] for row in available() if row["present"]] == ["psnr", "ssim"]
 image = torch.rand(1, 3, 200, 200); scores = score(image, image, None)
-assert set(scores.missing) == {"lpips", "dists", "niqe"} and "not available" in scores.missing["niqe"], scores.missing
+assert set(scores.missing) == set(METRICS) - {"psnr", "ssim"}, scores.missing
+assert all(why.startswith("not available: ") and "which goes into" in why for why in scores.missing.values()), scores.missing
 import pathlib; file = pathlib.Path(torch.hub.get_dir()) / "pyiqa" / "niqe_modelparameters.mat"; file.parent.mkdir(parents=True, exist_ok=True); file.write_bytes(b"cut short")
-scores = score(image, image, None); assert "cannot be used" in scores.missing["niqe"], scores.missing
+scores = score(image, image, None); assert "checksum is wrong" in scores.missing["niqe"], scores.missing
 assert set(scores.means) == {"psnr", "ssim"}"""
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ, TORCH_HOME=str(tmp_path)))
+    env = {**{k: v for k, v in os.environ.items() if k != "FRAMER_METRIC_WEIGHTS"}, "TORCH_HOME": str(tmp_path)}
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=env)
     assert out.returncode == 0, out.stderr
 
 
