@@ -448,18 +448,18 @@ def batch(args):
     import statistics, torch
     from framer.degradation import degrade, degrade_batch
     if args.device == "cuda" and not torch.cuda.is_available(): raise SystemExit("--device cuda: torch finds no CUDA device here. Run this on a machine with one; --device cpu runs everywhere.")
-    pictures, found, off = photographs(), [], []
+    pictures, found, spent, off = photographs(), [], [], []
     hr = torch.stack([crop_of(pictures, i, args.size) for i in range(args.batch)]).to(args.device)
     wait = torch.cuda.synchronize if args.device == "cuda" else lambda: None
     for turn in range(args.repeats + 2):
-        wait(); began = time.perf_counter(); degrade_batch(hr, "seesr_strong", 0, range(args.batch), [turn] * args.batch); wait()
-        found.append(time.perf_counter() - began)
+        wait(); began, busy = time.perf_counter(), time.process_time(); degrade_batch(hr, "seesr_strong", 0, range(args.batch), [turn] * args.batch); wait()
+        found.append(time.perf_counter() - began); spent.append(time.process_time() - busy)
     target, lr = degrade_batch(hr, "seesr_strong", 0, range(args.batch), [0] * args.batch)
     for i in range(args.batch): off.append((lr[i].cpu() - degrade(hr[i].cpu(), "seesr_strong", 0, i, 0)[1]).abs() * 255)
     seconds = statistics.median(found[2:])
-    result = dict(kind="batch", device=args.device, size=args.size, batch=args.batch, seconds_median=seconds, seconds=found[2:], share_of_a_1s_step=seconds, environment=about(),
+    result = dict(kind="batch", device=args.device, size=args.size, batch=args.batch, seconds_median=seconds, seconds=found[2:], processor_seconds_median=statistics.median(spent[2:]), environment=about(),
                   against_degrade=dict(largest_difference_levels=float(max(o.max() for o in off)), share_of_values_that_differ=float(sum((o > 0.5).double().mean() for o in off) / len(off)), mean_difference_levels=float(sum(o.mean() for o in off) / len(off))))
-    print(json.dumps({k: result[k] for k in ("device", "seconds_median", "against_degrade")}, indent=1))
+    print(json.dumps({k: result[k] for k in ("device", "seconds_median", "processor_seconds_median", "against_degrade")}, indent=1))
     save(args.out / f"batch-{args.device}.json", result)
 
 
@@ -469,6 +469,8 @@ def about():
     from importlib.metadata import PackageNotFoundError, version
     from framer.runs import environment
     found = environment()
+    given = [a for a in sys.argv[1:] if a != "--inside"]
+    found["command"] = " ".join(["python benchmarks/degradation.py", *(a for k, a in enumerate(given) if not {a, given[k - 1] if k else ""} & {"--cache", "--out"})])
     for name in ("torchvision", "pillow", "opencv-python-headless", "scipy"):
         with contextlib.suppress(PackageNotFoundError): found["versions"][name] = version(name)
     from PIL import features

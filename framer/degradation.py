@@ -73,8 +73,8 @@ def resize(
         raise ValueError(f"mode={mode!r}: expected one of {', '.join(MODES)}")
     size = tuple(max(1, int(side)) for side in size)
     if mode == "bicubic" and antialias:
-        rows, columns = (_bicubic_matrix(n, m).to(image) for n, m in zip(image.shape[-2:], size))
-        return rows @ image @ columns.T
+        rows, columns = (_bicubic_matrix(n, m).to(image.device) for n, m in zip(image.shape[-2:], size))
+        return (rows @ image.double() @ columns.T).to(image.dtype)
     if mode != "area" and not antialias and factor is not None and size == tuple(int(side * factor) for side in image.shape[1:]):
         return F.interpolate(image[None], scale_factor=(factor, factor), mode=mode, align_corners=False)[0]
     options = {} if mode == "area" else dict(align_corners=False, antialias=antialias)
@@ -475,7 +475,12 @@ def _finished(image: Tensor, size: tuple, draw: Draw, preset: DegradationPreset)
     return image if draw.jpeg_first else _saved(image, draw.second.quality, preset)
 
 # %% ../nbs/06_degradation.ipynb #c123
-@torch.no_grad()
+@contextmanager
+def _plainly(device: torch.device):
+    "No gradients and no autocast inside."
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
 def apply_degradation(
     hr: Tensor,  # (3, H, W) in [0, 1]; H and W multiples of `scale`
     draw: Draw,  # what to do
@@ -486,11 +491,12 @@ def apply_degradation(
     preset = _preset(preset)
     _check_picture(hr, scale)
     small = tuple(side // scale for side in hr.shape[1:])
-    target = sharpen(hr.float()) if preset.sharpen_target else hr.float()
-    lr = _noised(_resized(_filtered(target, draw.first.kernel), hr.shape[1:], draw.first, preset), draw.first)
-    lr = _saved(lr, draw.first.quality, preset)
-    lr = _noised(_resized(_filtered(lr, draw.second.kernel), small, draw.second, preset), draw.second)
-    return target, _levels(_finished(lr, small, draw, preset)) / 255
+    with _plainly(hr.device):
+        target = sharpen(hr.float()) if preset.sharpen_target else hr.float()
+        lr = _noised(_resized(_filtered(target, draw.first.kernel), hr.shape[1:], draw.first, preset), draw.first)
+        lr = _saved(lr, draw.first.quality, preset)
+        lr = _noised(_resized(_filtered(lr, draw.second.kernel), small, draw.second, preset), draw.second)
+        return target, _levels(_finished(lr, small, draw, preset)) / 255
 
 # %% ../nbs/06_degradation.ipynb #c128
 @contextmanager
@@ -573,7 +579,6 @@ def _apply_each(hr: Tensor, draws: list, preset: DegradationPreset, scale: int) 
     return target, _levels(torch.stack(images)) / 255
 
 # %% ../nbs/06_degradation.ipynb #c148
-@torch.no_grad()
 def degrade_batch(
     hr: Tensor,  # (B, 3, H, W) in [0, 1]
     preset: str | DegradationPreset,  # a name in `PRESETS`, or a preset
@@ -591,4 +596,6 @@ def degrade_batch(
         raise ValueError(f"{len(hr)} pictures with {len(numbers)} indices and {len(turns)} epochs: expected one of each for every picture, and at least one")
     for index, epoch in zip(numbers, turns): _check_numbers(seed=seed, index=index, epoch=epoch)
     draws = [draw_degradation(preset, hr.shape[2:], sample_generator(seed, i, e)) for i, e in zip(numbers, turns)]
-    return _apply_each(hr.to(hr.device if device is None else device).float(), draws, preset, scale)
+    hr = hr.to(hr.device if device is None else device).float()
+    with _plainly(hr.device):
+        return _apply_each(hr, draws, preset, scale)

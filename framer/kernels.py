@@ -144,6 +144,9 @@ def gaussian_blur(
     sigma: float,  # pixels
 ) -> Tensor:  # like `image`
     "Gaussian blur as a product with a column and one with a row, the border mirrored."
+    if image.device.type != "cpu":
+        row = _band(taps, sigma, 1)
+        return blur(image, row @ row.T)
     band, (height, width) = _band(taps, sigma, 64).to(image), image.shape[-2:]
     planes = _pad(image.reshape(-1, height, width), taps // 2, taps // 2)
     planes = F.pad(planes, (0, -width % 64, 0, -height % 64))
