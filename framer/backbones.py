@@ -187,7 +187,8 @@ def load_backbone(
         (vae, vae_from), (text, text_from) = pick_vae(name, vae, None, scale), pick_text(name, text, None, offload_text, t5_tokens)
         made = random_backbone(name, recipe, scale, seed, "added" if trainable == "added" else "all", f"{why}; {recipe}; random weights, seed {seed}", vae, text, **options)
         return _with_card(made, scale=scale, weights="random", vae=vae_from, text=text_from)
-    folder, source = find_weights(name, weights, download=download)
+    try: folder, source = find_weights(name, weights, download=download)
+    except FileNotFoundError as error: raise FileNotFoundError(str(error) if named else f"scale={scale!r}: {error}") from None
     found, card = what_is_in(name, folder), read_card(folder)
     recipe = choose_recipe(name, recipe, found); check_settings(recipe, options)
     known = lambda key, asked, plain: card[key] if asked == "auto" and card.get(key, plain) not in (plain, "given") else asked
