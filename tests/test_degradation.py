@@ -184,5 +184,3 @@ def test_benchmark_notebook_draws_the_recorded_results(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert {f.name for f in reports.glob("*.png")} == {"parity.png", "speed.png"}
-    wrong = subprocess.run([*command, "-p", "result", "x"], cwd=tmp_path, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
-    assert wrong.returncode != 0 and "did you mean 'results'" in wrong.stderr + wrong.stdout
