@@ -23,7 +23,7 @@ from .metric_weights import FILES, file_digest, file_state, weights_folder
 from .metrics import Scorer, Scores, frechet_distance
 from .photographs import EXTENSIONS
 
-# %% ../nbs/20_evaluation.ipynb #c005
+# %% ../nbs/20_evaluation.ipynb #c006
 def _images_in(folder: Path) -> list:
     "The images that lie in a folder, by name."
     found = sorted(path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."))
@@ -33,7 +33,7 @@ def _images_in(folder: Path) -> list:
         raise ValueError(f"{folder} holds no images ({', '.join(EXTENSIONS)}){hint}")
     return found
 
-# %% ../nbs/20_evaluation.ipynb #c007
+# %% ../nbs/20_evaluation.ipynb #c008
 def image_files(
     where,  # a folder, a file, or a list of files
     what: str = "images",  # how errors call them
@@ -48,7 +48,7 @@ def image_files(
     _check_list(paths, what)
     return paths
 
-# %% ../nbs/20_evaluation.ipynb #c009
+# %% ../nbs/20_evaluation.ipynb #c010
 def _list(names, most: int = 10) -> str:
     "Names for an error: all where there are few."
     names = list(names)
@@ -64,7 +64,7 @@ def _check_list(paths: list, what: str):
     if twice := [" and ".join(same) for same in names.values() if len(same) > 1]:
         raise ValueError(f"{what}: two files of one name, {_list(twice)}: score them apart")
 
-# %% ../nbs/20_evaluation.ipynb #c012
+# %% ../nbs/20_evaluation.ipynb #c013
 RULES = ("_LR4", "_LR3", "_LR2", "_LR8", "_LR", "_LQ", "_HR", "_HQ", "_GT", "_SR4", "_SR", "x2", "x3", "x4", "x8", "_out", "_output", "_result", "_restored")
 
 def stem_key(
@@ -79,14 +79,14 @@ def stem_key(
         key = key[:-len(ending)].rstrip("_")
     return key
 
-# %% ../nbs/20_evaluation.ipynb #c015
+# %% ../nbs/20_evaluation.ipynb #c016
 def _groups(paths, rules) -> dict:
     "Key -> files."
     groups = defaultdict(list)
     for path in paths: groups[stem_key(path.stem, rules)].append(path)
     return groups
 
-# %% ../nbs/20_evaluation.ipynb #c017
+# %% ../nbs/20_evaluation.ipynb #c018
 def _pair_group(results: list, references: list) -> tuple:
     "One key's pairs, those of equal stem first, and what is left over on both sides."
     if len(results) == len(references) == 1:
@@ -97,7 +97,7 @@ def _pair_group(results: list, references: list) -> tuple:
     used = {path for pair in pairs for path in pair}
     return pairs, [p for p in results if p not in used], [p for p in references if p not in used]
 
-# %% ../nbs/20_evaluation.ipynb #c019
+# %% ../nbs/20_evaluation.ipynb #c020
 def _join(left: dict, right: dict) -> tuple:
     "(pairs, what is ambiguous) of two sides' groups."
     pairs, ambiguous = [], []
@@ -110,7 +110,7 @@ def _join(left: dict, right: dict) -> tuple:
             pairs += [(path, None) for path in a] + [(None, path) for path in b]
     return pairs, ambiguous
 
-# %% ../nbs/20_evaluation.ipynb #c021
+# %% ../nbs/20_evaluation.ipynb #c022
 def match_files(
     results,  # a folder, a file or a list of files
     references,  # the same
@@ -124,7 +124,7 @@ def match_files(
     _refuse(ambiguous, [pair for pair in pairs if None in pair] if on_error == "raise" else [], rules)
     return sorted(pairs, key=lambda pair: (pair[0] or pair[1]).name)
 
-# %% ../nbs/20_evaluation.ipynb #c023
+# %% ../nbs/20_evaluation.ipynb #c024
 def _refuse(ambiguous: list, lonely: list, rules=RULES):
     "Raise where something is ambiguous or has no partner."
     if ambiguous:
@@ -135,7 +135,7 @@ def _refuse(ambiguous: list, lonely: list, rules=RULES):
         told = "; ".join(f"{len(names)} {what} ({_list(names)})" for what, names in sides if names)
         raise ValueError(f"{told}. Files are joined by stem without the endings {_list(rules, 4)} (rules=...); on_error=\"gap\" scores the rest and shows the gaps.")
 
-# %% ../nbs/20_evaluation.ipynb #c026
+# %% ../nbs/20_evaluation.ipynb #c027
 def _note(image: Image.Image, path: Path) -> str:
     "What is particular about a picture that can still be read, ''."
     notes = []
@@ -146,12 +146,12 @@ def _note(image: Image.Image, path: Path) -> str:
     if image.getexif().get(274, 1) != 1: notes.append("a rotation in its EXIF is not applied")
     return "; ".join(notes)
 
-# %% ../nbs/20_evaluation.ipynb #c028
+# %% ../nbs/20_evaluation.ipynb #c029
 def _png_depth(path: Path) -> int:
     "Bits a channel, from a PNG's header."
     with open(path, "rb") as file: return file.read(25)[24]
 
-# %% ../nbs/20_evaluation.ipynb #c030
+# %% ../nbs/20_evaluation.ipynb #c031
 def _pixels(image: Image.Image) -> np.ndarray:
     "Stored pixels as (H, W, 3) uint8. Raises `ValueError` where they have no reading as RGB."
     if image.mode == "F":
@@ -165,7 +165,7 @@ def _pixels(image: Image.Image) -> np.ndarray:
             raise ValueError(f"has transparent pixels (alpha down to {lowest} of 255), which have no colour to compare: flatten it on a background")
     return np.array(image.convert("RGB"))
 
-# %% ../nbs/20_evaluation.ipynb #c032
+# %% ../nbs/20_evaluation.ipynb #c033
 def _why(error: Exception, path: Path) -> str:
     "Why a picture could not be read."
     if path.stat().st_size == 0: return "is empty (0 bytes)"
@@ -173,7 +173,7 @@ def _why(error: Exception, path: Path) -> str:
     if "truncated" in str(error) or isinstance(error, EOFError): return "is cut off: the file ends before its picture does"
     return str(error) if isinstance(error, ValueError) and str(error).startswith("has ") else f"cannot be decoded: {error or type(error).__name__}"
 
-# %% ../nbs/20_evaluation.ipynb #c034
+# %% ../nbs/20_evaluation.ipynb #c035
 def read_image(
     path,  # an image file
 ) -> tuple:  # (3, H, W) float32 in [0, 1], and a note ('' for plain 8-bit RGB)
@@ -186,7 +186,7 @@ def read_image(
         raise ValueError(f"{path.name} {_why(error, path)}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 255, note
 
-# %% ../nbs/20_evaluation.ipynb #c037
+# %% ../nbs/20_evaluation.ipynb #c038
 def _header(path) -> tuple:
     "(width, height) and the note of a file, from its header; (None, '') where it cannot be read, or without a file."
     try:
@@ -194,7 +194,7 @@ def _header(path) -> tuple:
     except Exception:  # reading says why
         return None, ""
 
-# %% ../nbs/20_evaluation.ipynb #c039
+# %% ../nbs/20_evaluation.ipynb #c040
 def _check_sizes(pairs: list, on_error: str) -> dict:
     "Result -> what is wrong, for pairs that differ in size. Raises `ValueError` that lists them all, unless they are to be gaps."
     differ = {}
@@ -206,7 +206,7 @@ def _check_sizes(pairs: list, on_error: str) -> dict:
                          + "\nNothing is resized in silence: give the references at the results' size, or on_error=\"gap\" to score the rest.")
     return differ
 
-# %% ../nbs/20_evaluation.ipynb #c042
+# %% ../nbs/20_evaluation.ipynb #c043
 @dataclass
 class Pair:
     "One row of the table in the making."
@@ -223,7 +223,7 @@ class Pair:
 
     name = property(lambda self: (self.result or self.reference).name, doc="The row's `image`.")
 
-# %% ../nbs/20_evaluation.ipynb #c044
+# %% ../nbs/20_evaluation.ipynb #c045
 def _plan(results, references, rules, on_error: str) -> list:
     "A `Pair` a row."
     if references is None:
@@ -235,7 +235,7 @@ def _plan(results, references, rules, on_error: str) -> list:
         plan.append(Pair(result, reference, problem, bool(problem)))
     return plan
 
-# %% ../nbs/20_evaluation.ipynb #c047
+# %% ../nbs/20_evaluation.ipynb #c048
 def _metric_key(scorer: Scorer, name: str, weights=None) -> str:
     "A short name for how this number is made: entry, weights without a known checksum, versions, kind of device."
     entry = scorer.entries[name]
@@ -243,7 +243,7 @@ def _metric_key(scorer: Scorer, name: str, weights=None) -> str:
     made = [asdict(entry), loose, scorer.versions, scorer.device.type]
     return hashlib.sha256(json.dumps(made, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-# %% ../nbs/20_evaluation.ipynb #c050
+# %% ../nbs/20_evaluation.ipynb #c051
 _FIRST = '{"framer": "scores of images, one a line"}'
 
 class Record:
@@ -268,7 +268,7 @@ class Record:
     def _append(self, text: str):
         with open(self.path, "a") as file: file.write(text)
 
-# %% ../nbs/20_evaluation.ipynb #c052
+# %% ../nbs/20_evaluation.ipynb #c053
 def _open_record(self: Record):
     "Read the file, or begin it."
     if self.path.is_dir(): raise IsADirectoryError(f"{self.path} is a folder: give a file that keeps the values (out=...)")
@@ -285,14 +285,14 @@ def _open_record(self: Record):
 
 Record._open = _open_record
 
-# %% ../nbs/20_evaluation.ipynb #c055
+# %% ../nbs/20_evaluation.ipynb #c056
 def _batches(pairs: list, batch_size: int) -> list:
     "Lists of up to `batch_size` pairs of one size, with and without reference apart."
     alike = defaultdict(list)
     for pair in pairs: alike[pair.size, pair.reference is None or pair.blocked].append(pair)
     return [same[i:i + batch_size] for same in alike.values() for i in range(0, len(same), batch_size)]
 
-# %% ../nbs/20_evaluation.ipynb #c057
+# %% ../nbs/20_evaluation.ipynb #c058
 def _read_pair(pair: Pair) -> list:
     "Result and reference as tensors."
     sides = []
@@ -303,7 +303,7 @@ def _read_pair(pair: Pair) -> list:
             pair.problem = str(error) if path == pair.result else f"its reference {error}"
     return sides
 
-# %% ../nbs/20_evaluation.ipynb #c060
+# %% ../nbs/20_evaluation.ipynb #c061
 def _score_batch(scorer: Scorer, names: list, pairs: list, sides: list) -> dict:
     "(pair's place, metric) -> (value, why), for what is asked of this batch."
     found = {}
@@ -316,7 +316,7 @@ def _score_batch(scorer: Scorer, names: list, pairs: list, sides: list) -> dict:
         found.update({(i, name): value for i, value in zip(alike, scorer.values(name, *stacked))})
     return found
 
-# %% ../nbs/20_evaluation.ipynb #c063
+# %% ../nbs/20_evaluation.ipynb #c064
 def _keys(scorer: Scorer, names: list, plan: list, record: Record, weights=None) -> dict:
     "(row, metric) -> key in the record, for all values that can be asked for."
     how, keys = {name: _metric_key(scorer, name, weights) for name in names}, {}
@@ -327,7 +327,7 @@ def _keys(scorer: Scorer, names: list, plan: list, record: Record, weights=None)
                 keys[pair.name, name] = (how[name], record.digest(pair.result), record.digest(pair.reference) if compares else "")
     return keys
 
-# %% ../nbs/20_evaluation.ipynb #c065
+# %% ../nbs/20_evaluation.ipynb #c066
 def _read_ahead(batches: list):
     "Each batch with its images, the next one being read meanwhile."
     read = lambda batch: [_read_pair(pair) for pair in batch]
@@ -337,7 +337,7 @@ def _read_ahead(batches: list):
             sides, coming = coming.result(), pool.submit(read, batches[i + 1]) if i + 1 < len(batches) else None
             yield batch, sides
 
-# %% ../nbs/20_evaluation.ipynb #c067
+# %% ../nbs/20_evaluation.ipynb #c068
 def _run(scorer: Scorer, keys: dict, plan: list, record: Record, batch_size: int, progress) -> dict:
     "(row, metric) -> (value, why) for all rows."
     found = {where: (record.known[key], "") for where, key in keys.items() if record.path and key in record.known}
@@ -353,13 +353,13 @@ def _run(scorer: Scorer, keys: dict, plan: list, record: Record, batch_size: int
             bar.update(len(batch))
     return found
 
-# %% ../nbs/20_evaluation.ipynb #c069
+# %% ../nbs/20_evaluation.ipynb #c070
 def _bar(total: int, done: int, progress):
     "tqdm's bar; silent where `progress` is False, or None and nobody watches."
     from tqdm import tqdm
     return tqdm(total=total, initial=done, disable=None if progress is None else not progress, desc="scored", unit="image", leave=False)
 
-# %% ../nbs/20_evaluation.ipynb #c071
+# %% ../nbs/20_evaluation.ipynb #c072
 def _set_value(scorer: Scorer, name: str, plan: list, record: Record, weights=None) -> tuple:
     "(value, '') of a metric over sets, or (None, why)."
     ready = [pair for pair in plan if pair.result and pair.reference]
@@ -376,7 +376,7 @@ def _set_value(scorer: Scorer, name: str, plan: list, record: Record, weights=No
     record.add({key: value})
     return value, ""
 
-# %% ../nbs/20_evaluation.ipynb #c075
+# %% ../nbs/20_evaluation.ipynb #c076
 def _say_gaps(scores: Scores, name: str, whys: dict):
     "Say in `scores.missing` for which images a metric has no value."
     gaps = [f"{row['image']}: {whys.get(row['image']) or 'no value'}" for row in scores if row[name] is None]
@@ -394,7 +394,7 @@ def _finish(scores: Scores, scorer: Scorer, plan: list, found: dict, record: Rec
         else:
             _say_gaps(scores, name, {pair.name: found.get((pair.name, name), (None, ""))[1] or pair.problem for pair in plan})
 
-# %% ../nbs/20_evaluation.ipynb #c077
+# %% ../nbs/20_evaluation.ipynb #c078
 def _warn_of(scores: Scores):
     "One warning for all files that were a problem."
     if scores.problems:
@@ -402,7 +402,7 @@ def _warn_of(scores: Scores):
         more = [f"and {len(told) - 20} more (see .problems)"] if len(told) > 20 else []
         warnings.warn("\n  ".join([f"{len(told)} of {len(scores)} images have gaps:", *told[:20], *more]), stacklevel=3)
 
-# %% ../nbs/20_evaluation.ipynb #c079
+# %% ../nbs/20_evaluation.ipynb #c080
 def evaluate(
     results,  # a folder of images, or a list of files
     references=None,  # the same; None leaves out every metric that compares

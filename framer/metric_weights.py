@@ -127,14 +127,21 @@ def content_digest(
     return digest.hexdigest()
 
 # %% ../nbs/06a_metric_weights.ipynb #c026
+def _scipy_io():
+    "scipy.io, or an error that says how to get it."
+    try:
+        import scipy.io
+    except ImportError as error:
+        raise ImportError('NIQE\'s weights are a MATLAB file, read and written with scipy, which is not installed: pip install "framer-sr[eval]"') from error
+    return scipy.io
+
 def stored_arrays(
     file: WeightFile,  # says what is in it
     path,  # where it lies
 ) -> dict:  # name -> array
     "The arrays that a metric uses of a file. Raises whatever the reader raises."
     if file.name.endswith(".mat"):
-        from scipy.io import loadmat
-        found = loadmat(path)
+        found = _scipy_io().loadmat(path)
         return {name: found[name].squeeze() for name in ("mu_prisparam", "cov_prisparam")}
     state = torch.load(path, map_location="cpu", weights_only=True)
     return {name: value for name, value in state.items() if name.startswith("features.")}
@@ -241,9 +248,8 @@ def _network(net: str):
 def _niqe(data: bytes) -> bytes:
     "NIQE's arrays as the .mat that pyiqa reads."
     import numpy as np
-    from scipy.io import savemat
     arrays, saved = np.load(io.BytesIO(data), allow_pickle=False), io.BytesIO()
-    savemat(saved, dict(mu_prisparam=arrays["mu_pris_param"], cov_prisparam=arrays["cov_pris_param"]))
+    _scipy_io().savemat(saved, dict(mu_prisparam=arrays["mu_pris_param"], cov_prisparam=arrays["cov_pris_param"]))
     return b"MATLAB 5.0 MAT-file, NIQE parameters".ljust(116) + saved.getvalue()[116:]
 
 # %% ../nbs/06a_metric_weights.ipynb #c050

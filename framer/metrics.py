@@ -240,13 +240,15 @@ def _check_pairs(results, references) -> tuple:
 # %% ../nbs/07_metrics.ipynb #c058
 class Scores(Rows):
     "One dictionary an image: `image` (its index or file name) and one value a metric; None is a gap that `.missing` explains."
-    protocol: str = ""  # the protocol's name
-    definition: dict = {}  # metric -> the fields of its Metric
-    versions: dict = {}  # of framer, torch and pyiqa
-    missing: dict = {}  # metric -> why there is no number, or for which images
-    sets: dict = {}  # metric -> its value, for those taken over the whole set
-    problems: dict = {}  # image -> why it could not be read or compared
-    notes: dict = {}  # image -> what was done to read it (grey, 16 bits, ...)
+    def __init__(self, rows=()):
+        super().__init__(rows)
+        self.protocol = ""  # the protocol's name
+        self.definition = {}  # metric -> the fields of its Metric
+        self.versions = {}  # of framer, torch and pyiqa
+        self.missing = {}  # metric -> why there is no number, or for which images
+        self.sets = {}  # metric -> its value, for those taken over the whole set
+        self.problems = {}  # image -> why it could not be read or compared
+        self.notes = {}  # image -> what was done to read it (grey, 16 bits, ...)
 
     rows = property(lambda self: list(self), doc="The rows, a list of dictionaries.")
     count = property(lambda self: len(self), doc="The number of images, those with gaps too.")
@@ -500,9 +502,8 @@ def _set_value(scorer: Scorer, name: str, sides: list) -> tuple:
 # %% ../nbs/07_metrics.ipynb #c113
 def _say_how(self: Scorer, scores: Scores):
     "Write protocol, definition and versions into scores, and what could not be made."
-    scores.protocol, scores.versions, scores.missing, scores.sets = self.protocol, dict(self.versions), dict(self.missing), {}
+    scores.protocol, scores.versions, scores.missing = self.protocol, dict(self.versions), dict(self.missing)
     scores.definition = {name: {**asdict(entry), "files": [file.file for file in _files(entry)]} for name, entry in self.entries.items()}
-    scores.problems, scores.notes = {}, {}
     return scores
 
 Scorer.say_how = _say_how

@@ -399,12 +399,11 @@ def test_fetched_from_the_index(tmp_path):
     print(f"fetched and scored in {time.time() - began:.1f} s")
 
 
-def test_command_line(tmp_path):
-    run = lambda *args: subprocess.run([sys.executable, "-m", "framer.metrics", *args], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ, FRAMER_METRIC_WEIGHTS=str(tmp_path)))
-    done = run("available", "--protocol", "seesr-y")
+def test_command_line(tmp_path, capsys):
+    done = subprocess.run([sys.executable, "-m", "framer.metrics", "available", "--protocol", "seesr-y"], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ, FRAMER_METRIC_WEIGHTS=str(tmp_path)))
     assert done.returncode == 0 and f"MANIQA_PIPAL-ae6d356b.pth, which goes into {tmp_path / 'pyiqa'}" in done.stdout and "PyPI: basicsr 1.4.2" in done.stdout and "Warning" not in done.stderr
-    done = run("fetch", "--metrics", "niqe", "--index-url", str(tmp_path))
-    assert done.returncode == 1 and "basicsr-1.4.2.tar.gz cannot be had" in done.stderr and not list(tmp_path.rglob("*.mat"))
+    assert metrics.main(["fetch", "--metrics", "niqe", "--folder", str(tmp_path), "--index-url", str(tmp_path)]) == 1
+    assert "basicsr-1.4.2.tar.gz cannot be had" in capsys.readouterr().err and not list(tmp_path.rglob("*.mat"))
 
 
 def test_fid_is_taken_on_the_features_that_pyiqa_takes(tmp_path, monkeypatch):
