@@ -12,7 +12,6 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,7 +50,7 @@ def freeze():
 
 def measure(out=ROOT / "reports" / "examples" / "golden.json", record=None):
     from framer.evaluation import evaluate
-    began, published = time.process_time(), log()
+    published = log()
     weights = None if os.environ.get("FRAMER_METRIC_WEIGHTS") or not NEARBY_WEIGHTS.is_dir() else NEARBY_WEIGHTS
     scores = evaluate(REALSR / "osediff", REALSR / "hr", "seesr-y", list(PUBLISHED), weights=weights, out=record, progress=True)
     rows = {metric: dict(mean=scores.means.get(metric), published=PUBLISHED[metric][0], images=scores.counts[metric], tolerance=PUBLISHED[metric][1],
@@ -59,7 +58,7 @@ def measure(out=ROOT / "reports" / "examples" / "golden.json", record=None):
     rgb = evaluate(REALSR / "osediff", REALSR / "hr", "framer", ["psnr"]).means["psnr"]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     content = dict(protocol=scores.protocol, count=scores.count, metrics=rows, missing=scores.missing, psnr_under_framer=rgb, versions=scores.versions, commit=commit,
-                   hardware=f"{platform.machine()}, {os.cpu_count()} cores", cpu_seconds=round(time.process_time() - began, 1), command="python tests/golden.py measure")
+                   hardware=f"{platform.machine()}, {os.cpu_count()} cores", command="python tests/golden.py measure")
     out.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     print(json.dumps(content, indent=1))
 
