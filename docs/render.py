@@ -86,7 +86,7 @@ def page_name(stem):
 def contents(notebooks):
     "The side bar: first the notebooks that do a job, then the modules in reading order"
     jobs = [n for n in notebooks if not n[0].isdigit() and n != 'index']
-    first = ['train', 'upscale', 'compare']
+    first = ['train', 'upscale', 'prepare', 'recipes', 'caption', 'evaluate', 'user_study', 'compare', 'figures', 'stability', 'qualitative', 'gallery', 'ablate', 'hypotheses']
     jobs.sort(key=lambda n: (first.index(n) if n in first else len(first), n))
     tree = lambda caption, names: f'```{{toctree}}\n:hidden:\n:caption: {caption}\n\n' + '\n'.join(names) + '\n```\n' if names else ''
     return tree('Notebooks', jobs) + '\n' + tree('Modules', [page_name(n) for n in notebooks if n[0].isdigit()])
