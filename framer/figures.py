@@ -9,8 +9,8 @@ __all__ = ['THEMES', 'PAPER_COST', 'Drawing', 'style', 'on_dark', 'colour', 'run
            'layer_figure', 'magnitude_figure', 'layer_curve', 'similarity_figure', 'hierarchy_figure',
            'alignment_figure', 'matrix_figure', 'read_costs', 'cost_figure', 'empty_figure', 'to_numpy', 'image_grid',
            'save_samples', 'read_samples', 'Arrow', 'draw_arrow', 'stability_figure', 'Scene', 'cut',
-           'qualitative_figure', 'provenance', 'machine', 'full_caption', 'save_figure', 'table_markdown', 'save_table',
-           'read_figures', 'figure_markdown', 'LivePlot']
+           'qualitative_figure', 'suggest_arrows', 'provenance', 'machine', 'full_caption', 'save_figure',
+           'table_markdown', 'save_table', 'read_figures', 'figure_markdown', 'LivePlot']
 
 # %% ../nbs/18_figures.ipynb #c003
 import io
@@ -52,6 +52,7 @@ def style(
 # %% ../nbs/18_figures.ipynb #c010
 _COLOUR = dict(lf=("#0173b2", "#56b4e9"), hf=("#d55e00", "#ff8c42"), lf2=("#5a8fc4", "#b8d8f2"), hf2=("#a18c3c", "#f0e442"), noise=("#029e73", "#2fd3a5"), total=("#767676", "#a8a8a8"))
 
+# %% ../nbs/18_figures.ipynb #c012
 def on_dark() -> bool:
     "Is the paper in force dark?"
     return float(np.dot(to_rgb(mpl.rcParams["figure.facecolor"]), (0.2126, 0.7152, 0.0722))) < 0.4
@@ -60,7 +61,7 @@ def colour(name: str) -> str:
     "The colour of \"lf\", \"hf\", \"lf2\", \"hf2\", \"noise\" or \"total\" on the paper in force."
     return _COLOUR[name][on_dark()]
 
-# %% ../nbs/18_figures.ipynb #c013
+# %% ../nbs/18_figures.ipynb #c015
 def _axes(n: int, width: float = 3.2, height: float = 2.6, rows: int = 1):
     "`rows` of `n` axes in the house style; a flat list."
     fig = Drawing(figsize=(width * n, height * rows), layout="constrained")
@@ -71,7 +72,7 @@ def _axes(n: int, width: float = 3.2, height: float = 2.6, rows: int = 1):
 def _legend(ax, **kw): ax.legend(fontsize=7, **kw)
 def _title(ax, words: str): ax.set_title(words, fontsize=9)
 
-# %% ../nbs/18_figures.ipynb #c017
+# %% ../nbs/18_figures.ipynb #c019
 def run_rows(
     source,  # rows (a list, returned as it is), or a run's name or folder
     what: str,  # "history", "layers" or "similarity"
@@ -82,13 +83,14 @@ def run_rows(
     if not path.is_file(): raise FileNotFoundError(f"{path}: no such file; {str(source)!r} is not a run that has {what} (a baseline has no layers, an unfinished run no similarity)")
     return json.loads(path.read_text())["similarity"] if what == "similarity" else _long(read_history(path)) if what == "layers" else read_history(path)
 
+# %% ../nbs/18_figures.ipynb #c021
 def _long(rows: list[dict]) -> list[dict]:
     "layers.csv, where one row holds every `term:layer`, as one row per step and layer."
     names = lambda row: dict.fromkeys(k.split(":", 1)[1] for k in row if ":" in k)
     long = [dict(step=row["step"], layer=n, **{k.split(":", 1)[0]: v for k, v in row.items() if k.endswith(":" + n)}) for row in rows for n in names(row)]
     return [row for row in long if row["loss"] is not None]
 
-# %% ../nbs/18_figures.ipynb #c020
+# %% ../nbs/18_figures.ipynb #c024
 def running_median(
     values: list[float],
     window: int = 25,  # steps on both sides together
@@ -97,7 +99,7 @@ def running_median(
     x, h = np.asarray(values, float), max(window // 2, 0)
     return np.array([np.median(x[max(0, i - h): i + h + 1]) for i in range(len(x))])
 
-# %% ../nbs/18_figures.ipynb #c023
+# %% ../nbs/18_figures.ipynb #c027
 def loss_figure(
     history,  # rows of history.csv (step, noise_loss, and with FRAMER intra, inter, distill_loss), or a run
     title: str = "",
@@ -116,7 +118,7 @@ def loss_figure(
     _title(axes[0], title)
     return fig
 
-# %% ../nbs/18_figures.ipynb #c027
+# %% ../nbs/18_figures.ipynb #c031
 def layer_figure(
     layers,  # rows of step, layer, weight_lf, weight_hf, gate_lf, gate_hf, positive_lf, positive_hf; or a run
     title: str = "",
@@ -134,7 +136,7 @@ def layer_figure(
     _legend(axes[0]); fig.suptitle(title, fontsize=9)
     return fig
 
-# %% ../nbs/18_figures.ipynb #c030
+# %% ../nbs/18_figures.ipynb #c034
 def magnitude_figure(
     panels: dict[str, dict],  # title -> result of `analysis.magnitude_densities`: edges, and series {name: {band: (mean, sigma)}}
     columns: int = 3,  # panels a row
@@ -154,7 +156,7 @@ def magnitude_figure(
         ax.set(xlabel="log(1 + |F|)", ylabel="density"); _title(ax, title); _legend(ax)
     return fig
 
-# %% ../nbs/18_figures.ipynb #c033
+# %% ../nbs/18_figures.ipynb #c037
 def layer_curve(
     rows: list[dict],  # rows of `analysis.layer_similarity`
     timestep: int,
@@ -169,12 +171,13 @@ def layer_curve(
     if not kept: raise ValueError(f"no similarity at t={timestep}" + (" without a probe: the layers differ in shape, take measure='probe'" if rows else ""))
     return [r["depth"] for r in kept], [r[f"{band}_raw" if raw else band] for r in kept]
 
-# %% ../nbs/18_figures.ipynb #c034
+# %% ../nbs/18_figures.ipynb #c039
 def _similarity_panel(ax, rows, timestep: int, line: str, name: str, measure: str):
     "LF and HF of one model on one panel."
     for band, marker in (("lf", "o"), ("hf", "s")):
         ax.plot(*layer_curve(rows, timestep, band, measure), line, marker=marker, ms=3, color=colour(band), label=f"{band.upper()}, {name}")
 
+# %% ../nbs/18_figures.ipynb #c041
 def _finish_similarity(axes, times, titles=None):
     for k, ax in enumerate(axes):
         low = min([0.0] + [float(np.min(l.get_ydata())) for l in ax.lines])
@@ -183,7 +186,7 @@ def _finish_similarity(axes, times, titles=None):
 
 def _times(rows_of_runs) -> list[int]: return sorted({r["timestep"] for rows in rows_of_runs for r in rows})
 
-# %% ../nbs/18_figures.ipynb #c036
+# %% ../nbs/18_figures.ipynb #c043
 def similarity_figure(
     runs: dict,  # name -> rows of `analysis.layer_similarity`, or a run
     suffix: str = "",  # "" through the probe, "_raw" without it
@@ -200,7 +203,7 @@ def similarity_figure(
     _finish_similarity(axes, times)
     return fig
 
-# %% ../nbs/18_figures.ipynb #c038
+# %% ../nbs/18_figures.ipynb #c045
 def hierarchy_figure(
     unet,  # rows of `analysis.layer_similarity`, or a run
     dit,  # the same of a DiT
@@ -216,7 +219,7 @@ def hierarchy_figure(
     _finish_similarity(axes, times)
     return fig
 
-# %% ../nbs/18_figures.ipynb #c041
+# %% ../nbs/18_figures.ipynb #c048
 def alignment_figure(
     pairs: dict[str, tuple],  # backbone -> (baseline, FRAMER), each rows or a run
     measure: str = "auto",  # "probe", "raw", or "auto"
@@ -234,7 +237,7 @@ def alignment_figure(
         _finish_similarity(row[: len(times[name])], times[name], [f"{name}, t = {t}" for t in times[name]])
     return fig
 
-# %% ../nbs/18_figures.ipynb #c045
+# %% ../nbs/18_figures.ipynb #c052
 def matrix_figure(
     matrices: dict[str, dict],  # row title (a layer) -> {column title (a band): (N, N) similarities in [-1, 1]}
     size: float = 2.0,  # inches a matrix
@@ -256,10 +259,11 @@ def matrix_figure(
     fig.colorbar(image, ax=axes, shrink=0.7, aspect=30).ax.tick_params(labelsize=7)
     return fig
 
-# %% ../nbs/18_figures.ipynb #c049
+# %% ../nbs/18_figures.ipynb #c056
 PAPER_COST = dict(time=6.9, memory=3.0, where="paper: DiT4SR, batch 16, H200")  # Sec. A.3, in percent
 _COST_COLUMNS = ("model", "batch", "dtype", "time_overhead_percent", "memory_overhead_percent")
 
+# %% ../nbs/18_figures.ipynb #c058
 def read_costs(
     folder=None,  # of JSON files; None is reports/cost
 ) -> list[dict]:  # all rows; each also says its `file`. Empty where there is no file
@@ -273,7 +277,14 @@ def read_costs(
             rows.append(dict(row, file=path.name))
     return rows
 
-# %% ../nbs/18_figures.ipynb #c051
+# %% ../nbs/18_figures.ipynb #c060
+def _bars(ax, values: list, ink: str):
+    "Horizontal bars in percent."
+    for k, v in enumerate(values):
+        if v is not None: ax.barh(k, v, color=ink, height=0.62)
+        ax.annotate("not measured" if v is None else f"{v:+.1f} %", (max(v or 0, 0), k), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8)
+
+# %% ../nbs/18_figures.ipynb #c062
 def cost_figure(
     rows=None,  # rows of `read_costs`; or a folder; None is reports/cost
     reference: dict | None = PAPER_COST,  # time and memory in percent, and whose they are; None draws none
@@ -285,17 +296,14 @@ def cost_figure(
     fig, axes = _axes(2, 3.9, 0.8 + 0.34 * len(rows) + (0.2 if reference else 0))
     names = [", ".join([str(r["model"]), f"batch {r['batch']}", str(r["dtype"]), *([str(r["implementation"])] if r.get("implementation") else [])]) for r in rows]
     for ax, what, band in zip(axes, ("time", "memory"), ("lf", "hf")):
-        values = [r[f"{what}_overhead_percent"] for r in rows]
-        for k, v in enumerate(values):
-            if v is not None: ax.barh(k, v, color=colour(band), height=0.62)
-            ax.annotate("not measured" if v is None else f"{v:+.1f} %", (max(v or 0, 0), k), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8)
+        _bars(ax, [r[f"{what}_overhead_percent"] for r in rows], colour(band))
         if reference: ax.axvline(reference[what], color=colour("total"), ls="--", lw=1, label=f"{reference['where']}: {reference[what]:+.1f} %")
         _title(ax, f"{what} of a training step"); ax.set(xlabel="added, percent", yticks=range(len(rows)), yticklabels=names if ax is axes[0] else [], ylim=(len(rows) - 0.4, -0.6)); ax.grid(axis="y", visible=False)
         ax.margins(x=0.25); ax.axvline(0, color=colour("total"), lw=0.8)
         if reference: _legend(ax, loc="upper center", bbox_to_anchor=(0.5, -0.3 - 0.3 / len(rows)), frameon=False)
     return fig
 
-# %% ../nbs/18_figures.ipynb #c052
+# %% ../nbs/18_figures.ipynb #c064
 def empty_figure(
     words: str,  # what is missing, and what makes it
 ):
@@ -304,7 +312,7 @@ def empty_figure(
     fig.text(0.5, 0.5, words, ha="center", va="center", fontsize=9)
     return fig
 
-# %% ../nbs/18_figures.ipynb #c056
+# %% ../nbs/18_figures.ipynb #c068
 def to_numpy(
     image,  # (3, H, W) tensor in [0, 1], values outside are clipped; or an (H, W, 3) uint8 array, returned as it is
 ) -> np.ndarray:  # (H, W, 3) uint8
@@ -312,7 +320,7 @@ def to_numpy(
     if isinstance(image, np.ndarray): return image
     return (image.detach().float().clamp(0, 1).permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
 
-# %% ../nbs/18_figures.ipynb #c058
+# %% ../nbs/18_figures.ipynb #c070
 def image_grid(
     rows: dict[str, list],  # title of a row -> images (3, H, W) in [0, 1], of any size
     cell: float = 1.5,  # inches for one picture
@@ -332,7 +340,7 @@ def image_grid(
     for ax, title in zip(axes[0], columns or []): ax.set_title(title, fontsize=8)
     return fig
 
-# %% ../nbs/18_figures.ipynb #c062
+# %% ../nbs/18_figures.ipynb #c074
 def _slug(title: str) -> str: return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 def save_samples(
@@ -349,7 +357,7 @@ def save_samples(
             if title in ("HR", "LR") and path.exists(): continue
             partial = path.with_suffix(".partial"); Image.fromarray(to_numpy(image)).save(partial, "PNG"); partial.replace(path)
 
-# %% ../nbs/18_figures.ipynb #c063
+# %% ../nbs/18_figures.ipynb #c076
 def read_samples(
     run,  # a run's name or folder
     way: str = "from noise",  # how they were made; "HR" and "LR" are the originals and their twins
@@ -366,7 +374,7 @@ def read_samples(
         with Image.open(path) as image: steps.setdefault(int(path.stem.split("-")[0]), []).append(np.array(image.convert("RGB")))
     return steps
 
-# %% ../nbs/18_figures.ipynb #c066
+# %% ../nbs/18_figures.ipynb #c079
 @dataclass
 class Arrow:
     "Points at (x, y). `ValueError` for an unknown kind."
@@ -379,15 +387,16 @@ class Arrow:
     def __post_init__(self):
         if self.kind not in ("structure", "texture"): raise ValueError(f"arrow of kind {self.kind!r}: expected 'structure' (red) or 'texture' (yellow)")
 
+# %% ../nbs/18_figures.ipynb #c081
 def draw_arrow(ax, arrow: Arrow):
-    "One arrow with a dark edge, so that it shows on any picture."
+    "One arrow on a panel."
     ink = {"structure": "#e8000b", "texture": "#ffe119"}[arrow.kind]
     tail = tuple(arrow.length * f(np.deg2rad(arrow.angle)) for f in (np.cos, np.sin))
     made = ax.annotate("", xy=(arrow.x, arrow.y), xytext=tail, textcoords="offset points", arrowprops=dict(arrowstyle="-|>,head_width=.28,head_length=.5", color=ink, lw=2, shrinkA=0, shrinkB=0), annotation_clip=True)
     made.arrow_patch.set_path_effects([withStroke(linewidth=3.5, foreground="black")])
     return made
 
-# %% ../nbs/18_figures.ipynb #c068
+# %% ../nbs/18_figures.ipynb #c083
 def stability_figure(
     rows: dict,  # configuration -> {step: picture}, or a run, of which sample `index` is taken
     index: int = 0,  # which held-out picture of a run
@@ -408,7 +417,7 @@ def stability_figure(
         for arrow in (arrows or {}).get(name, {}).get(step, []): draw_arrow(fig.axes[k], arrow)
     return fig
 
-# %% ../nbs/18_figures.ipynb #c072
+# %% ../nbs/18_figures.ipynb #c087
 @dataclass
 class Scene:
     "One row of a qualitative figure. `ValueError` for a window outside of the picture or an arrow on no method."
@@ -422,11 +431,15 @@ class Scene:
     def __post_init__(self):
         self.pictures = {name: to_numpy(p) for name, p in self.pictures.items()}
         self.size = max((p.shape[1::-1] for p in self.pictures.values()))
-        x, y, w, h = self.box
-        if min(x, y) < 0 or min(w, h) < 1 or x + w > self.size[0] or y + h > self.size[1]: raise ValueError(f"{self.title}: window {tuple(self.box)} (x, y, width, height) does not lie inside {self.size[0]} x {self.size[1]} pixels")
-        if unknown := {*self.arrows, *self.notes, *filter(None, [self.whole])} - set(self.pictures): raise ValueError(f"{self.title}: no picture by {', '.join(sorted(unknown))}; there are {', '.join(self.pictures)}")
+        _check_scene(self)
 
-# %% ../nbs/18_figures.ipynb #c074
+# %% ../nbs/18_figures.ipynb #c089
+def _check_scene(scene: Scene):
+    (x, y, w, h), (width, height) = scene.box, scene.size
+    if min(x, y) < 0 or min(w, h) < 1 or x + w > width or y + h > height: raise ValueError(f"{scene.title}: window {tuple(scene.box)} (x, y, width, height) does not lie inside {width} x {height} pixels")
+    if unknown := {*scene.arrows, *scene.notes, *filter(None, [scene.whole])} - set(scene.pictures): raise ValueError(f"{scene.title}: no picture by {', '.join(sorted(unknown))}; there are {', '.join(scene.pictures)}")
+
+# %% ../nbs/18_figures.ipynb #c091
 def cut(
     picture: np.ndarray,  # (h, w, 3), of any size
     box: tuple,  # x, y, width, height in pixels of a picture of `size`
@@ -438,7 +451,7 @@ def cut(
     top, bottom = int(np.floor(y * sy)), min(int(np.ceil((y + h) * sy)), picture.shape[0])
     return picture[top:bottom, left:right], (left / sx, right / sx, bottom / sy, top / sy)
 
-# %% ../nbs/18_figures.ipynb #c075
+# %% ../nbs/18_figures.ipynb #c093
 def _window(ax, scene: Scene, method: str):
     "One zoomed window with its arrows."
     pixels, place = cut(scene.pictures[method], scene.box, scene.size)
@@ -448,6 +461,7 @@ def _window(ax, scene: Scene, method: str):
     ax.set_title(method, fontsize=8, pad=3); ax.set_xlabel(scene.notes.get(method, ""), fontsize=6)
     for arrow in scene.arrows.get(method, []): draw_arrow(ax, arrow)
 
+# %% ../nbs/18_figures.ipynb #c095
 def _whole(ax, scene: Scene):
     "The whole picture with the window drawn in."
     x, y, w, h = scene.box; name = scene.whole or next(iter(scene.pictures))
@@ -455,7 +469,7 @@ def _whole(ax, scene: Scene):
     ax.add_patch(Rectangle((x, y), w, h, fill=False, ec="#e8000b", lw=1.5)); ax.set(xticks=[], yticks=[])
     ax.set_title(scene.title, fontsize=8, pad=3); ax.set_xlabel(f"whole: {name}", fontsize=6)
 
-# %% ../nbs/18_figures.ipynb #c077
+# %% ../nbs/18_figures.ipynb #c097
 def qualitative_figure(
     scenes: list[Scene],
     columns: int = 4,  # windows a row
@@ -473,29 +487,55 @@ def qualitative_figure(
         for k, method in enumerate(scene.pictures): _window(block.add_subplot(grid[k // columns, 1 + k % columns]), scene, method)
     return fig
 
-# %% ../nbs/18_figures.ipynb #c081
+# %% ../nbs/18_figures.ipynb #c101
+def _smooth(error: np.ndarray, size: int) -> np.ndarray:
+    "Means over squares of `size` pixels."
+    along = lambda v: np.convolve(np.pad(v, size // 2, mode="edge"), np.ones(size) / size, "valid")
+    return np.apply_along_axis(along, 1, np.apply_along_axis(along, 0, error))
+
+# %% ../nbs/18_figures.ipynb #c103
+def suggest_arrows(
+    picture,  # (3, H, W) tensor in [0, 1] or (H, W, 3) uint8 array
+    reference,  # the original, of the same size
+    box: tuple,  # x, y, width, height of the window to look in
+    blur: int = 9,  # pixels that count as fine
+) -> list[Arrow]:  # one of structure, one of texture
+    "Places of the largest coarse and the largest fine error inside a window."
+    a, b = (to_numpy(p).astype(float).mean(-1) for p in (picture, reference))
+    if a.shape != b.shape: raise ValueError(f"a picture of {a.shape} and a reference of {b.shape} (height, width): expected equal sizes")
+    x, y, w, h = box
+    coarse = _smooth(a - b, blur)
+    places = {"structure": abs(coarse), "texture": _smooth((a - b - coarse) ** 2, blur)}
+    peaks = {kind: np.unravel_index(e[y: y + h, x: x + w].argmax(), (h, w)) for kind, e in places.items()}
+    return [Arrow(float(x + j), float(y + i), kind, 135.0 if j > w / 2 else 45.0) for kind, (i, j) in peaks.items()]
+
+# %% ../nbs/18_figures.ipynb #c106
+def _source(name) -> dict:
+    "What a run says of itself."
+    path = run_path(name) / "config.json"
+    if not path.is_file(): return dict(run=str(name))
+    record = json.loads(path.read_text()); made = record.get("environment", {})
+    return dict(run=str(name), commit=(made.get("git") or {}).get("commit"), hardware=made.get("hardware"), date=made.get("date"), **{k: record.get("config", {}).get(k) for k in ("backbone", "framer", "framer_options", "steps", "seed")})
+
+# %% ../nbs/18_figures.ipynb #c108
 def provenance(
     notebook: str,  # that makes the figure, from the project's root: "nbs/figures.ipynb"
     parameters: dict,  # that it was given
     runs=(),  # names of the runs whose records or weights were used
 ) -> dict:  # for `save_figure`
     "Where a figure comes from. Runs say their own commit, hardware and steps."
-    def source(name):
-        path = run_path(name) / "config.json"
-        if not path.is_file(): return dict(run=str(name))
-        record = json.loads(path.read_text()); made = record.get("environment", {})
-        return dict(run=str(name), commit=(made.get("git") or {}).get("commit"), hardware=made.get("hardware"), date=made.get("date"), **{k: record.get("config", {}).get(k) for k in ("backbone", "framer", "framer_options", "steps", "seed")})
     made = environment()
-    return dict(notebook=notebook, parameters=parameters, runs=[source(r) for r in runs], commit=(made["git"] or {}).get("commit"), dirty=(made["git"] or {}).get("dirty"),
+    return dict(notebook=notebook, parameters=parameters, runs=[_source(r) for r in runs], commit=(made["git"] or {}).get("commit"), dirty=(made["git"] or {}).get("dirty"),
                 hardware=made["hardware"], versions=made["versions"], date=made["date"])
 
-# %% ../nbs/18_figures.ipynb #c082
+# %% ../nbs/18_figures.ipynb #c110
 def machine(
     hardware: dict,  # of `runs.hardware`
 ) -> str:
     "The hardware in a few words."
     return ", ".join([*hardware.get("gpus", [])[:1], hardware.get("cpu") or "unknown processor", f"{hardware.get('threads')} thread" + ("s" if hardware.get("threads") != 1 else "")])
 
+# %% ../nbs/18_figures.ipynb #c112
 def full_caption(caption: str, origin: dict) -> str:
     "The caption, and one sentence that says what made it: notebook, parameters, commit, hardware, runs."
     given = ", ".join(f"{k}={v}" for k, v in origin["parameters"].items())
@@ -503,7 +543,7 @@ def full_caption(caption: str, origin: dict) -> str:
     commit = f"commit {origin['commit'][:10]}{' with changes' if origin.get('dirty') else ''}" if origin.get("commit") else "no commit"
     return f"{caption.strip()} Made by {origin['notebook']}" + (f" ({given})" if given else "") + (f" from {runs}" if runs else "") + f"; {commit}; {machine(origin['hardware'])}."
 
-# %% ../nbs/18_figures.ipynb #c084
+# %% ../nbs/18_figures.ipynb #c114
 def _write(path: Path, figure: Figure, caption: str, dpi: int):
     "One file of a figure. SVG and PDF keep text as text or outlines that every reader has, and no date, so equal figures are equal files."
     kind, partial = path.suffix[1:], path.with_name(f".{path.name}.partial")
@@ -512,7 +552,7 @@ def _write(path: Path, figure: Figure, caption: str, dpi: int):
         figure.savefig(partial, format=kind, dpi=dpi, bbox_inches="tight", facecolor=figure.get_facecolor(), metadata=said)
     partial.replace(path)
 
-# %% ../nbs/18_figures.ipynb #c085
+# %% ../nbs/18_figures.ipynb #c116
 def save_figure(
     figure,  # a figure; or a function without parameters that draws it, which is then called once a theme
     folder,  # where to; made if need be
@@ -536,7 +576,7 @@ def save_figure(
     write_json(folder / f"{name}.json", dict(name=name, caption=caption, files=files, **origin))
     return folder / f"{name}.json"
 
-# %% ../nbs/18_figures.ipynb #c089
+# %% ../nbs/18_figures.ipynb #c120
 def table_markdown(
     rows: list,  # (name, value) pairs, where a value of None makes a heading; or dictionaries with equal keys
 ) -> str:
@@ -546,6 +586,7 @@ def table_markdown(
     line = lambda cells: "| " + " | ".join("" if c is None else str(c) for c in cells) + " |"
     return "\n".join([line(head), line(["---"] * len(head)), *map(line, body)]) + "\n"
 
+# %% ../nbs/18_figures.ipynb #c122
 def save_table(rows: list, folder, name: str, caption: str, origin: dict) -> Path:
     "Write a table as <name>.md, and beside it what it shows and where it comes from."
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
@@ -554,7 +595,7 @@ def save_table(rows: list, folder, name: str, caption: str, origin: dict) -> Pat
     write_json(folder / f"{name}.json", dict(name=name, caption=caption, files=[f"{name}.md"], rows=rows, **origin))
     return folder / f"{name}.json"
 
-# %% ../nbs/18_figures.ipynb #c092
+# %% ../nbs/18_figures.ipynb #c125
 def read_figures(
     folder=None,  # of saved figures; None is reports/figures
 ) -> list[dict]:  # the JSON of each, with `folder`; by number: figure-2 before figure-10, tables last
@@ -564,6 +605,7 @@ def read_figures(
     key = lambda f: (f["name"].startswith("table"), [int(v) if v.isdigit() else v for v in re.split(r"(\d+)", f["name"])])
     return sorted((f for f in found if "caption" in f and all((folder / name).is_file() for name in f.get("files", ["?"]))), key=key)
 
+# %% ../nbs/18_figures.ipynb #c127
 def figure_markdown(
     figure: dict,  # of `read_figures`
     to_root: str = "../",  # the project's root, as seen from the page
@@ -575,7 +617,7 @@ def figure_markdown(
     links = [f"[{n}]({place}{n})" for n in [*figure["files"], f"{figure['name']}.json"]] + [f"[{figure['notebook']}]({to_root}{figure['notebook']})"]
     return f"{shown}\n\n{figure['caption']}\n\n{' · '.join(links)}"
 
-# %% ../nbs/18_figures.ipynb #c095
+# %% ../nbs/18_figures.ipynb #c130
 class LivePlot:
     "Redraws `loss_figure` in a notebook's output; call it with all rows so far."
     def __init__(self, title: str = ""): self.title, self.handle = title, None
