@@ -91,7 +91,9 @@ def what_is_in(
     folder: str | Path,  # of a model or a pipeline
 ) -> str:  # "plain", or the recipe that trained it
     "What a folder holds. `FileNotFoundError` or `ValueError` naming it: nothing, torn files, another architecture."
-    place = model_place(name, folder); check_part(place)
+    place, other = model_place(name, folder), MODEL_PART["sd3" if name == "sd2" else "sd2"]
+    if place == Path(folder) and (Path(folder) / other).is_dir(): raise ValueError(f"weights={str(folder)!r} holds {other}/ of another family; {name} needs {MODEL_PART[name]}/")
+    check_part(place)
     config, wanted = json.loads((place / "config.json").read_text()), part_class(name, MODEL_PART[name]).__name__
     kind = config.get("_class_name")
     if name == "sd3" and kind == "DiT4SRTransformer2DModel": return "framer-d"

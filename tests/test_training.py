@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from framer.runs import checkpoint_steps, history_differences, read_history
+from framer.scales import new_model, tiny_text
+from framer.training import TrainConfig, train
 
 ROOT = Path(__file__).parents[1]
 QUICK = dict(steps=9, size=64, batch_size=2, validation_size=64, sampling_steps=2, warmup_steps=1, num_workers=0, checkpoint_every=3, validate_every=4,
@@ -178,3 +180,56 @@ def test_photographs_of_a_resumed_run_are_the_same(photographs, tmp_path):
     sorted(photographs.glob("*.jpg"))[0].unlink()
     out = finish(start(tmp_path, run="r", data=str(photographs), steps=2, resume=True), expect=1)
     assert "photographs" in out and "given 2, recorded 3" in out
+
+
+# -- the paper's recipes
+
+TINY = dict(QUICK, steps=4, validate_every=9, checkpoint_every=1, keep_checkpoints=9, scale="tiny")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    "Runs of this process: one thread, reports in a folder of their own, two held-out photographs."
+    monkeypatch.setenv("FRAMER_ROOT", str(tmp_path)); monkeypatch.setenv("TQDM_DISABLE", "1")
+    folder = tmp_path / "held-out"; folder.mkdir()
+    for path in sorted((ROOT / "data/photographs/val").glob("*.jpg"))[:2]: shutil.copy(path, folder)
+    threads = torch.get_num_threads(); torch.set_num_threads(1)
+    yield lambda name, **config: train(TrainConfig(**{**TINY, "run": name, "validation_data": str(folder), **config}), log=lambda *a: None)
+    torch.set_num_threads(threads)
+
+
+def tensors(run, step, name): return load_file(run / "checkpoints" / f"step-{step:06d}" / f"{name}.safetensors")
+
+
+def test_stages_resume_bit_identical(here):
+    "PiSA-SR: stopped at the change of stages and inside the second, and gone on with."
+    options = dict(recipe="framer-u", pixel_steps=2)
+    whole = here("whole", **options)
+    for stop in (2, 3):
+        here(f"stop{stop}", **options, **{"steps": stop}); again = here(f"stop{stop}", resume=True, recipe="framer-u")   # without saying again where the stage changes
+        assert history_differences(whole, again) == []
+        for name in ("model", "ema", "optimizer", "framer"):
+            a, b = (tensors(r, 4, name) for r in (whole, again))
+            assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
+    first, last = tensors(whole, 2, "model"), tensors(whole, 4, "model")
+    changed = {k for k in first if not torch.equal(first[k], last[k])}
+    assert changed and all(".semantic." in k for k in changed)                            # no decay, no momentum on anything else
+    assert {"l2", "lpips", "csd"} <= set(read_history(whole)[0])
+    assert set(load_file(whole / "model" / "diffusion_pytorch_model.safetensors")) == set(new_model("sd2", "unet", "tiny").state_dict())
+
+
+def test_a_frozen_base_is_neither_changed_nor_copied(here, tmp_path):
+    base = tmp_path / "base"
+    plain = new_model("sd3", "transformer", "tiny", seed=5); plain.save_pretrained(base / "transformer"); tiny_text("sd3").save_pretrained(base)
+    run = here("d", backbone="sd3", weights=str(base), steps=2, cache_text=str(tmp_path / "texts"), optimizer="adamw8bit")
+    saved, kept = load_file(run / "model" / "diffusion_pytorch_model.safetensors"), tensors(run, 2, "model")
+    assert all("control" in k for k in kept) and all(torch.equal(saved[k], v) for k, v in plain.state_dict().items() if k in saved)
+    assert json.loads((run / "model" / "framer.json").read_text())["weights"] == str(base)
+    other = tmp_path / "other"; new_model("sd3", "transformer", "tiny", seed=6).save_pretrained(other / "transformer"); tiny_text("sd3").save_pretrained(other)
+    shutil.rmtree(base); shutil.copytree(other, base)                                     # the same name, other weights
+    with pytest.raises(Exception, match="base"): here("d", backbone="sd3", weights=str(base), steps=3, resume=True, cache_text=str(tmp_path / "texts"), optimizer="adamw8bit")
+
+
+def test_gradient_checkpointing_changes_memory_only(here):
+    a, b = (read_history(here(f"g{g}", recipe="framer-d", backbone="sd3", steps=2, gradient_checkpointing=bool(g))) for g in (0, 1))
+    assert [round(r["noise_loss"], 5) for r in a] == [round(r["noise_loss"], 5) for r in b] and abs(a[-1]["distill_loss"] - b[-1]["distill_loss"]) < 1e-3
