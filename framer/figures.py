@@ -61,7 +61,7 @@ def colour(name: str) -> str:
     "The colour of \"lf\", \"hf\", \"lf2\", \"hf2\", \"noise\" or \"total\" on the paper in force."
     return _COLOUR[name][on_dark()]
 
-# %% ../nbs/18_figures.ipynb #c015
+# %% ../nbs/18_figures.ipynb #c016
 def _axes(n: int, width: float = 3.2, height: float = 2.6, rows: int = 1):
     "`rows` of `n` axes in the house style; a flat list."
     fig = Drawing(figsize=(width * n, height * rows), layout="constrained")
@@ -72,7 +72,7 @@ def _axes(n: int, width: float = 3.2, height: float = 2.6, rows: int = 1):
 def _legend(ax, **kw): ax.legend(fontsize=7, **kw)
 def _title(ax, words: str): ax.set_title(words, fontsize=9)
 
-# %% ../nbs/18_figures.ipynb #c019
+# %% ../nbs/18_figures.ipynb #c020
 def run_rows(
     source,  # rows (a list, returned as it is), or a run's name or folder
     what: str,  # "history", "layers" or "similarity"
@@ -83,14 +83,14 @@ def run_rows(
     if not path.is_file(): raise FileNotFoundError(f"{path}: no such file; {str(source)!r} is not a run that has {what} (a baseline has no layers, an unfinished run no similarity)")
     return json.loads(path.read_text())["similarity"] if what == "similarity" else _long(read_history(path)) if what == "layers" else read_history(path)
 
-# %% ../nbs/18_figures.ipynb #c021
+# %% ../nbs/18_figures.ipynb #c022
 def _long(rows: list[dict]) -> list[dict]:
     "layers.csv, where one row holds every `term:layer`, as one row per step and layer."
     names = lambda row: dict.fromkeys(k.split(":", 1)[1] for k in row if ":" in k)
     long = [dict(step=row["step"], layer=n, **{k.split(":", 1)[0]: v for k, v in row.items() if k.endswith(":" + n)}) for row in rows for n in names(row)]
     return [row for row in long if row["loss"] is not None]
 
-# %% ../nbs/18_figures.ipynb #c024
+# %% ../nbs/18_figures.ipynb #c026
 def running_median(
     values: list[float],
     window: int = 25,  # steps on both sides together
@@ -99,7 +99,7 @@ def running_median(
     x, h = np.asarray(values, float), max(window // 2, 0)
     return np.array([np.median(x[max(0, i - h): i + h + 1]) for i in range(len(x))])
 
-# %% ../nbs/18_figures.ipynb #c027
+# %% ../nbs/18_figures.ipynb #c029
 def loss_figure(
     history,  # rows of history.csv (step, noise_loss, and with FRAMER intra, inter, distill_loss), or a run
     title: str = "",
@@ -118,7 +118,7 @@ def loss_figure(
     _title(axes[0], title)
     return fig
 
-# %% ../nbs/18_figures.ipynb #c031
+# %% ../nbs/18_figures.ipynb #c033
 def layer_figure(
     layers,  # rows of step, layer, weight_lf, weight_hf, gate_lf, gate_hf, positive_lf, positive_hf; or a run
     title: str = "",
@@ -136,7 +136,7 @@ def layer_figure(
     _legend(axes[0]); fig.suptitle(title, fontsize=9)
     return fig
 
-# %% ../nbs/18_figures.ipynb #c034
+# %% ../nbs/18_figures.ipynb #c036
 def magnitude_figure(
     panels: dict[str, dict],  # title -> result of `analysis.magnitude_densities`: edges, and series {name: {band: (mean, sigma)}}
     columns: int = 3,  # panels a row
@@ -156,7 +156,7 @@ def magnitude_figure(
         ax.set(xlabel="log(1 + |F|)", ylabel="density"); _title(ax, title); _legend(ax)
     return fig
 
-# %% ../nbs/18_figures.ipynb #c037
+# %% ../nbs/18_figures.ipynb #c039
 def layer_curve(
     rows: list[dict],  # rows of `analysis.layer_similarity`
     timestep: int,
@@ -171,13 +171,13 @@ def layer_curve(
     if not kept: raise ValueError(f"no similarity at t={timestep}" + (" without a probe: the layers differ in shape, take measure='probe'" if rows else ""))
     return [r["depth"] for r in kept], [r[f"{band}_raw" if raw else band] for r in kept]
 
-# %% ../nbs/18_figures.ipynb #c039
+# %% ../nbs/18_figures.ipynb #c041
 def _similarity_panel(ax, rows, timestep: int, line: str, name: str, measure: str):
     "LF and HF of one model on one panel."
     for band, marker in (("lf", "o"), ("hf", "s")):
         ax.plot(*layer_curve(rows, timestep, band, measure), line, marker=marker, ms=3, color=colour(band), label=f"{band.upper()}, {name}")
 
-# %% ../nbs/18_figures.ipynb #c041
+# %% ../nbs/18_figures.ipynb #c043
 def _finish_similarity(axes, times, titles=None):
     for k, ax in enumerate(axes):
         low = min([0.0] + [float(np.min(l.get_ydata())) for l in ax.lines])
@@ -186,7 +186,7 @@ def _finish_similarity(axes, times, titles=None):
 
 def _times(rows_of_runs) -> list[int]: return sorted({r["timestep"] for rows in rows_of_runs for r in rows})
 
-# %% ../nbs/18_figures.ipynb #c043
+# %% ../nbs/18_figures.ipynb #c045
 def similarity_figure(
     runs: dict,  # name -> rows of `analysis.layer_similarity`, or a run
     suffix: str = "",  # "" through the probe, "_raw" without it
@@ -203,7 +203,7 @@ def similarity_figure(
     _finish_similarity(axes, times)
     return fig
 
-# %% ../nbs/18_figures.ipynb #c045
+# %% ../nbs/18_figures.ipynb #c047
 def hierarchy_figure(
     unet,  # rows of `analysis.layer_similarity`, or a run
     dit,  # the same of a DiT
@@ -219,7 +219,7 @@ def hierarchy_figure(
     _finish_similarity(axes, times)
     return fig
 
-# %% ../nbs/18_figures.ipynb #c048
+# %% ../nbs/18_figures.ipynb #c050
 def alignment_figure(
     pairs: dict[str, tuple],  # backbone -> (baseline, FRAMER), each rows or a run
     measure: str = "auto",  # "probe", "raw", or "auto"
@@ -237,7 +237,7 @@ def alignment_figure(
         _finish_similarity(row[: len(times[name])], times[name], [f"{name}, t = {t}" for t in times[name]])
     return fig
 
-# %% ../nbs/18_figures.ipynb #c052
+# %% ../nbs/18_figures.ipynb #c054
 def matrix_figure(
     matrices: dict[str, dict],  # row title (a layer) -> {column title (a band): (N, N) similarities in [-1, 1]}
     size: float = 2.0,  # inches a matrix
@@ -259,11 +259,11 @@ def matrix_figure(
     fig.colorbar(image, ax=axes, shrink=0.7, aspect=30).ax.tick_params(labelsize=7)
     return fig
 
-# %% ../nbs/18_figures.ipynb #c056
+# %% ../nbs/18_figures.ipynb #c058
 PAPER_COST = dict(time=6.9, memory=3.0, where="paper: DiT4SR, batch 16, H200")  # Sec. A.3, in percent
 _COST_COLUMNS = ("model", "batch", "dtype", "time_overhead_percent", "memory_overhead_percent")
 
-# %% ../nbs/18_figures.ipynb #c058
+# %% ../nbs/18_figures.ipynb #c060
 def read_costs(
     folder=None,  # of JSON files; None is reports/cost
 ) -> list[dict]:  # all rows; each also says its `file`. Empty where there is no file
@@ -277,14 +277,14 @@ def read_costs(
             rows.append(dict(row, file=path.name))
     return rows
 
-# %% ../nbs/18_figures.ipynb #c060
+# %% ../nbs/18_figures.ipynb #c062
 def _bars(ax, values: list, ink: str):
     "Horizontal bars in percent."
     for k, v in enumerate(values):
         if v is not None: ax.barh(k, v, color=ink, height=0.62)
         ax.annotate("not measured" if v is None else f"{v:+.1f} %", (max(v or 0, 0), k), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8)
 
-# %% ../nbs/18_figures.ipynb #c062
+# %% ../nbs/18_figures.ipynb #c064
 def cost_figure(
     rows=None,  # rows of `read_costs`; or a folder; None is reports/cost
     reference: dict | None = PAPER_COST,  # time and memory in percent, and whose they are; None draws none
@@ -303,7 +303,7 @@ def cost_figure(
         if reference: _legend(ax, loc="upper center", bbox_to_anchor=(0.5, -0.3 - 0.3 / len(rows)), frameon=False)
     return fig
 
-# %% ../nbs/18_figures.ipynb #c064
+# %% ../nbs/18_figures.ipynb #c066
 def empty_figure(
     words: str,  # what is missing, and what makes it
 ):
@@ -312,7 +312,7 @@ def empty_figure(
     fig.text(0.5, 0.5, words, ha="center", va="center", fontsize=9)
     return fig
 
-# %% ../nbs/18_figures.ipynb #c068
+# %% ../nbs/18_figures.ipynb #c070
 def to_numpy(
     image,  # (3, H, W) tensor in [0, 1], values outside are clipped; or an (H, W, 3) uint8 array, returned as it is
 ) -> np.ndarray:  # (H, W, 3) uint8
@@ -320,7 +320,7 @@ def to_numpy(
     if isinstance(image, np.ndarray): return image
     return (image.detach().float().clamp(0, 1).permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
 
-# %% ../nbs/18_figures.ipynb #c070
+# %% ../nbs/18_figures.ipynb #c072
 def image_grid(
     rows: dict[str, list],  # title of a row -> images (3, H, W) in [0, 1], of any size
     cell: float = 1.5,  # inches for one picture
@@ -340,7 +340,7 @@ def image_grid(
     for ax, title in zip(axes[0], columns or []): ax.set_title(title, fontsize=8)
     return fig
 
-# %% ../nbs/18_figures.ipynb #c074
+# %% ../nbs/18_figures.ipynb #c076
 def _slug(title: str) -> str: return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 def save_samples(
@@ -357,7 +357,7 @@ def save_samples(
             if title in ("HR", "LR") and path.exists(): continue
             partial = path.with_suffix(".partial"); Image.fromarray(to_numpy(image)).save(partial, "PNG"); partial.replace(path)
 
-# %% ../nbs/18_figures.ipynb #c076
+# %% ../nbs/18_figures.ipynb #c078
 def read_samples(
     run,  # a run's name or folder
     way: str = "from noise",  # how they were made; "HR" and "LR" are the originals and their twins
@@ -374,7 +374,7 @@ def read_samples(
         with Image.open(path) as image: steps.setdefault(int(path.stem.split("-")[0]), []).append(np.array(image.convert("RGB")))
     return steps
 
-# %% ../nbs/18_figures.ipynb #c079
+# %% ../nbs/18_figures.ipynb #c081
 @dataclass
 class Arrow:
     "Points at (x, y). `ValueError` for an unknown kind."
@@ -387,7 +387,7 @@ class Arrow:
     def __post_init__(self):
         if self.kind not in ("structure", "texture"): raise ValueError(f"arrow of kind {self.kind!r}: expected 'structure' (red) or 'texture' (yellow)")
 
-# %% ../nbs/18_figures.ipynb #c081
+# %% ../nbs/18_figures.ipynb #c083
 def draw_arrow(ax, arrow: Arrow):
     "One arrow on a panel."
     ink = {"structure": "#e8000b", "texture": "#ffe119"}[arrow.kind]
@@ -396,7 +396,7 @@ def draw_arrow(ax, arrow: Arrow):
     made.arrow_patch.set_path_effects([withStroke(linewidth=3.5, foreground="black")])
     return made
 
-# %% ../nbs/18_figures.ipynb #c083
+# %% ../nbs/18_figures.ipynb #c085
 def stability_figure(
     rows: dict,  # configuration -> {step: picture}, or a run, of which sample `index` is taken
     index: int = 0,  # which held-out picture of a run
@@ -417,7 +417,7 @@ def stability_figure(
         for arrow in (arrows or {}).get(name, {}).get(step, []): draw_arrow(fig.axes[k], arrow)
     return fig
 
-# %% ../nbs/18_figures.ipynb #c087
+# %% ../nbs/18_figures.ipynb #c089
 @dataclass
 class Scene:
     "One row of a qualitative figure. `ValueError` for a window outside of the picture or an arrow on no method."
@@ -433,13 +433,13 @@ class Scene:
         self.size = max((p.shape[1::-1] for p in self.pictures.values()))
         _check_scene(self)
 
-# %% ../nbs/18_figures.ipynb #c089
+# %% ../nbs/18_figures.ipynb #c091
 def _check_scene(scene: Scene):
     (x, y, w, h), (width, height) = scene.box, scene.size
     if min(x, y) < 0 or min(w, h) < 1 or x + w > width or y + h > height: raise ValueError(f"{scene.title}: window {tuple(scene.box)} (x, y, width, height) does not lie inside {width} x {height} pixels")
     if unknown := {*scene.arrows, *scene.notes, *filter(None, [scene.whole])} - set(scene.pictures): raise ValueError(f"{scene.title}: no picture by {', '.join(sorted(unknown))}; there are {', '.join(scene.pictures)}")
 
-# %% ../nbs/18_figures.ipynb #c091
+# %% ../nbs/18_figures.ipynb #c093
 def cut(
     picture: np.ndarray,  # (h, w, 3), of any size
     box: tuple,  # x, y, width, height in pixels of a picture of `size`
@@ -451,7 +451,7 @@ def cut(
     top, bottom = int(np.floor(y * sy)), min(int(np.ceil((y + h) * sy)), picture.shape[0])
     return picture[top:bottom, left:right], (left / sx, right / sx, bottom / sy, top / sy)
 
-# %% ../nbs/18_figures.ipynb #c093
+# %% ../nbs/18_figures.ipynb #c095
 def _window(ax, scene: Scene, method: str):
     "One zoomed window with its arrows."
     pixels, place = cut(scene.pictures[method], scene.box, scene.size)
@@ -461,7 +461,7 @@ def _window(ax, scene: Scene, method: str):
     ax.set_title(method, fontsize=8, pad=3); ax.set_xlabel(scene.notes.get(method, ""), fontsize=6)
     for arrow in scene.arrows.get(method, []): draw_arrow(ax, arrow)
 
-# %% ../nbs/18_figures.ipynb #c095
+# %% ../nbs/18_figures.ipynb #c097
 def _whole(ax, scene: Scene):
     "The whole picture with the window drawn in."
     x, y, w, h = scene.box; name = scene.whole or next(iter(scene.pictures))
@@ -469,7 +469,7 @@ def _whole(ax, scene: Scene):
     ax.add_patch(Rectangle((x, y), w, h, fill=False, ec="#e8000b", lw=1.5)); ax.set(xticks=[], yticks=[])
     ax.set_title(scene.title, fontsize=8, pad=3); ax.set_xlabel(f"whole: {name}", fontsize=6)
 
-# %% ../nbs/18_figures.ipynb #c097
+# %% ../nbs/18_figures.ipynb #c099
 def qualitative_figure(
     scenes: list[Scene],
     columns: int = 4,  # windows a row
@@ -487,13 +487,13 @@ def qualitative_figure(
         for k, method in enumerate(scene.pictures): _window(block.add_subplot(grid[k // columns, 1 + k % columns]), scene, method)
     return fig
 
-# %% ../nbs/18_figures.ipynb #c101
+# %% ../nbs/18_figures.ipynb #c104
 def _smooth(error: np.ndarray, size: int) -> np.ndarray:
     "Means over squares of `size` pixels."
     along = lambda v: np.convolve(np.pad(v, size // 2, mode="edge"), np.ones(size) / size, "valid")
     return np.apply_along_axis(along, 1, np.apply_along_axis(along, 0, error))
 
-# %% ../nbs/18_figures.ipynb #c103
+# %% ../nbs/18_figures.ipynb #c106
 def suggest_arrows(
     picture,  # (3, H, W) tensor in [0, 1] or (H, W, 3) uint8 array
     reference,  # the original, of the same size
@@ -509,7 +509,7 @@ def suggest_arrows(
     peaks = {kind: np.unravel_index(e[y: y + h, x: x + w].argmax(), (h, w)) for kind, e in places.items()}
     return [Arrow(float(x + j), float(y + i), kind, 135.0 if j > w / 2 else 45.0) for kind, (i, j) in peaks.items()]
 
-# %% ../nbs/18_figures.ipynb #c106
+# %% ../nbs/18_figures.ipynb #c110
 def _source(name) -> dict:
     "What a run says of itself."
     path = run_path(name) / "config.json"
@@ -517,7 +517,7 @@ def _source(name) -> dict:
     record = json.loads(path.read_text()); made = record.get("environment", {})
     return dict(run=str(name), commit=(made.get("git") or {}).get("commit"), hardware=made.get("hardware"), date=made.get("date"), **{k: record.get("config", {}).get(k) for k in ("backbone", "framer", "framer_options", "steps", "seed")})
 
-# %% ../nbs/18_figures.ipynb #c108
+# %% ../nbs/18_figures.ipynb #c112
 def provenance(
     notebook: str,  # that makes the figure, from the project's root: "nbs/figures.ipynb"
     parameters: dict,  # that it was given
@@ -528,14 +528,14 @@ def provenance(
     return dict(notebook=notebook, parameters=parameters, runs=[_source(r) for r in runs], commit=(made["git"] or {}).get("commit"), dirty=(made["git"] or {}).get("dirty"),
                 hardware=made["hardware"], versions=made["versions"], date=made["date"])
 
-# %% ../nbs/18_figures.ipynb #c110
+# %% ../nbs/18_figures.ipynb #c114
 def machine(
     hardware: dict,  # of `runs.hardware`
 ) -> str:
     "The hardware in a few words."
     return ", ".join([*hardware.get("gpus", [])[:1], hardware.get("cpu") or "unknown processor", f"{hardware.get('threads')} thread" + ("s" if hardware.get("threads") != 1 else "")])
 
-# %% ../nbs/18_figures.ipynb #c112
+# %% ../nbs/18_figures.ipynb #c116
 def full_caption(caption: str, origin: dict) -> str:
     "The caption, and one sentence that says what made it: notebook, parameters, commit, hardware, runs."
     given = ", ".join(f"{k}={v}" for k, v in origin["parameters"].items())
@@ -543,7 +543,7 @@ def full_caption(caption: str, origin: dict) -> str:
     commit = f"commit {origin['commit'][:10]}{' with changes' if origin.get('dirty') else ''}" if origin.get("commit") else "no commit"
     return f"{caption.strip()} Made by {origin['notebook']}" + (f" ({given})" if given else "") + (f" from {runs}" if runs else "") + f"; {commit}; {machine(origin['hardware'])}."
 
-# %% ../nbs/18_figures.ipynb #c114
+# %% ../nbs/18_figures.ipynb #c118
 def _write(path: Path, figure: Figure, caption: str, dpi: int):
     "One file of a figure. SVG and PDF keep text as text or outlines that every reader has, and no date, so equal figures are equal files."
     kind, partial = path.suffix[1:], path.with_name(f".{path.name}.partial")
@@ -552,7 +552,7 @@ def _write(path: Path, figure: Figure, caption: str, dpi: int):
         figure.savefig(partial, format=kind, dpi=dpi, bbox_inches="tight", facecolor=figure.get_facecolor(), metadata=said)
     partial.replace(path)
 
-# %% ../nbs/18_figures.ipynb #c116
+# %% ../nbs/18_figures.ipynb #c120
 def save_figure(
     figure,  # a figure; or a function without parameters that draws it, which is then called once a theme
     folder,  # where to; made if need be
@@ -576,7 +576,7 @@ def save_figure(
     write_json(folder / f"{name}.json", dict(name=name, caption=caption, files=files, **origin))
     return folder / f"{name}.json"
 
-# %% ../nbs/18_figures.ipynb #c120
+# %% ../nbs/18_figures.ipynb #c125
 def table_markdown(
     rows: list,  # (name, value) pairs, where a value of None makes a heading; or dictionaries with equal keys
 ) -> str:
@@ -586,7 +586,7 @@ def table_markdown(
     line = lambda cells: "| " + " | ".join("" if c is None else str(c) for c in cells) + " |"
     return "\n".join([line(head), line(["---"] * len(head)), *map(line, body)]) + "\n"
 
-# %% ../nbs/18_figures.ipynb #c122
+# %% ../nbs/18_figures.ipynb #c127
 def save_table(rows: list, folder, name: str, caption: str, origin: dict) -> Path:
     "Write a table as <name>.md, and beside it what it shows and where it comes from."
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
@@ -595,7 +595,7 @@ def save_table(rows: list, folder, name: str, caption: str, origin: dict) -> Pat
     write_json(folder / f"{name}.json", dict(name=name, caption=caption, files=[f"{name}.md"], rows=rows, **origin))
     return folder / f"{name}.json"
 
-# %% ../nbs/18_figures.ipynb #c125
+# %% ../nbs/18_figures.ipynb #c130
 def read_figures(
     folder=None,  # of saved figures; None is reports/figures
 ) -> list[dict]:  # the JSON of each, with `folder`; by number: figure-2 before figure-10, tables last
@@ -605,7 +605,7 @@ def read_figures(
     key = lambda f: (f["name"].startswith("table"), [int(v) if v.isdigit() else v for v in re.split(r"(\d+)", f["name"])])
     return sorted((f for f in found if "caption" in f and all((folder / name).is_file() for name in f.get("files", ["?"]))), key=key)
 
-# %% ../nbs/18_figures.ipynb #c127
+# %% ../nbs/18_figures.ipynb #c132
 def figure_markdown(
     figure: dict,  # of `read_figures`
     to_root: str = "../",  # the project's root, as seen from the page
@@ -617,7 +617,7 @@ def figure_markdown(
     links = [f"[{n}]({place}{n})" for n in [*figure["files"], f"{figure['name']}.json"]] + [f"[{figure['notebook']}]({to_root}{figure['notebook']})"]
     return f"{shown}\n\n{figure['caption']}\n\n{' · '.join(links)}"
 
-# %% ../nbs/18_figures.ipynb #c130
+# %% ../nbs/18_figures.ipynb #c135
 class LivePlot:
     "Redraws `loss_figure` in a notebook's output; call it with all rows so far."
     def __init__(self, title: str = ""): self.title, self.handle = title, None
