@@ -83,26 +83,29 @@ def move_aside(job, root):
 CHILDREN = set()
 
 def papermill(job, root, threads):
-    "Execute a job's notebook; the status and the path of its log."
+    "Execute a job's notebook; the status, the processor's seconds and the path of the log."
     out = root/job['out']; out.parent.mkdir(parents=True, exist_ok=True)
     log = out.with_suffix('.log')
     command = [sys.executable, '-m', 'papermill', str(root/job['notebook']), str(out), '-k', 'python3', '--no-progress-bar', '-y', json.dumps(job['parameters'])]
     with open(log, 'w') as file:
         child = subprocess.Popen(command, cwd=root, env=dict(os.environ, OMP_NUM_THREADS=str(threads)), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
         CHILDREN.add(child)
-        try: return child.wait(), log
+        try:
+            _, status, usage = os.wait4(child.pid, 0)
+            child.returncode = os.waitstatus_to_exitcode(status)
+            return child.returncode, usage.ru_utime + usage.ru_stime, log
         finally: CHILDREN.discard(child)
 
 def do(job, jobs, state, root, threads):
     "One job; True when it left everything that it should."
     began, mark, commit = time.time(), digest(job, jobs, root), environment()['git']
-    status, log = papermill(job, root, threads)
+    status, cpu, log = papermill(job, root, threads)
     missing = [o for o in job['outputs'] if not (root/o).exists()]
     seconds, ok = time.time() - began, status == 0 and not missing
     if (root/job['out']).is_file():
         try: render_report(root/job['out'])
         except ValueError as e: print(f"  {job['name']}: no page of the executed notebook ({e})")
-    state.put(job['name'], status='done' if ok else 'failed', digest=mark, seconds=round(seconds, 1), commit=(commit or {}).get('commit'), finished=time.strftime('%Y-%m-%dT%H:%M:%S%z'))
+    state.put(job['name'], status='done' if ok else 'failed', digest=mark, seconds=round(seconds, 1), cpu_seconds=round(cpu, 1), commit=(commit or {}).get('commit'), finished=time.strftime('%Y-%m-%dT%H:%M:%S%z'))
     if ok: print(f"  {job['name']}: {seconds:.0f} s", flush=True)
     else:
         print(f"  {job['name']}: FAILED" + (f' (status {status})' if status else f", no {', '.join(missing)}") + f'; the end of {log}:', flush=True)
@@ -172,7 +175,7 @@ def jobs_html(kind, jobs, state, root):
     for job in (j for j in jobs.values() if j['kind'] == kind):
         row = state.rows.get(job['name'], {})
         page = Path(job['out']).with_suffix('.html')
-        status = f"{row['seconds']:.0f} s" if row.get('status') == 'done' else 'finished before' if job['kind'] == 'run' and finished(job, root) else 'not run' if not row else '<span class="failed">failed</span>, ' + link(Path(job['out']).with_suffix('.log'), root, 'log')
+        status = f"{row['seconds']:.0f} s ({row.get('cpu_seconds', 0):.0f} s of processor)" if row.get('status') == 'done' else 'finished before' if job['kind'] == 'run' and finished(job, root) else 'not run' if not row else '<span class="failed">failed</span>, ' + link(Path(job['out']).with_suffix('.log'), root, 'log')
         out = ', '.join(link(o, root, Path(o).name) for o in job['outputs'])
         parameters = ', '.join(f'{k}={json.dumps(v)}' for k, v in job['parameters'].items())
         rows.append(f'<tr><td>{link(page, root, job["title"])}</td><td>{link(job["notebook"], root)}<br><code>{escape(parameters)}</code></td><td>{out}</td><td>{status}</td></tr>')
@@ -182,9 +185,9 @@ def write_index(jobs, state, root):
     "reports/index.html; its path."
     figures, here = read_figures(root/'reports/figures'), environment()
     git = here['git'] or {}
-    total = sum(r.get('seconds', 0) for r in state.rows.values())
+    total, cpu = (sum(r.get(k, 0) for r in state.rows.values()) for k in ('seconds', 'cpu_seconds'))
     body = [f'<h1>Figures and tables</h1><p>Made by <code>make reports</code> at commit {escape((git.get("commit") or "unknown")[:10])}, {here["date"]}, on {escape(machine(here["hardware"]))}, {here["hardware"]["cores"]} cores; '
-            f'{total / 60:.0f} minutes of jobs. Everything here is at tiny scale: small models, short training, few photographs.</p>',
+            f'{total / 60:.0f} minutes of jobs, {cpu / 60:.0f} of them on the processor. Everything here is at tiny scale: small models, short training, few photographs.</p>',
             '<nav>' + ''.join(f'<a href="#{escape(f["name"])}">{escape(f["name"])}</a>' for f in figures) + '</nav>']
     body += [figure_html(f, jobs, root) for f in figures]
     for kind in dict.fromkeys([*KINDS, *(j['kind'] for j in jobs.values())]): body.append(f'<h2>{escape(KINDS.get(kind, kind))}</h2>' + jobs_html(kind, jobs, state, root))
