@@ -216,6 +216,8 @@ def choose_device(
     "The fastest device there is, with the dtype that suits it. `ValueError` for an unknown dtype or a device that is not there."
     if dtype not in ("auto", *DTYPES): raise ValueError(f"dtype={dtype!r}: expected one of auto, {', '.join(DTYPES)}")
     gpu, apple = torch.cuda.is_available(), torch.backends.mps.is_available()
+    try: device == "auto" or torch.device(device)
+    except RuntimeError: raise ValueError(f"device={device!r}: expected auto, cpu, cuda, cuda:1, mps") from None
     if device == "auto": device = "cuda" if gpu else "mps" if apple else "cpu"
     if device.startswith("cuda") and not gpu: raise ValueError(f"device={device!r}: this machine has no CUDA device that torch {torch.__version__} can use. Take device='cpu'")
     if dtype == "auto": dtype = "fp32" if device == "cpu" else "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp16"
@@ -514,7 +516,7 @@ def caption_folder(
     images: str | Path,  # folder of pictures, searched with its subfolders
     captioner: Captioner,
     settings: CaptionSettings = CaptionSettings(),
-    out: str | Path | None = None,  # the sidecar; None: captions.jsonl in `images`
+    out: str | Path | None = None,  # the sidecar, or a folder that gets captions.jsonl; None: `images`
     batch_size: int = 8,  # pictures at once; halved where memory runs out
     limit: int = 0,  # describe no more than the first so many pictures; 0: all
     rank: int = 0,  # this process's share of the pictures, 0..world-1
@@ -525,7 +527,8 @@ def caption_folder(
     if batch_size < 1 or limit < 0: raise ValueError(f"batch_size={batch_size}, limit={limit}: expected batch_size >= 1 and limit >= 0")
     pictures = by_stem(images)
     pictures = dict(list(pictures.items())[:limit or None][rank::world])
-    path, header, start = Path(out or Path(images) / NAME).expanduser(), _header(captioner, settings), time.perf_counter()
+    path, header, start = Path(out or images).expanduser(), _header(captioner, settings), time.perf_counter()
+    path = path / NAME if path.is_dir() else path
     _begin(path, header)
     with _alone(path, rank, world):
         old, records = _read_sidecar(path)

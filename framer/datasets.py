@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
-from .degradation import PRESETS, degrade, sample_generator
+from .degradation import PRESETS, DegradationPreset, degrade, sample_generator
 from .photographs import EXTENSIONS, load_photograph, read_pixels, rgb_pixels, scan_photographs
 
 # %% ../nbs/08_datasets.ipynb #c007
@@ -62,18 +62,22 @@ class Files:
         return hashlib.sha256("".join(f"{p.name}:{p.stat().st_size};" for p in self.paths).encode()).hexdigest()[:16]
 
 # %% ../nbs/08_datasets.ipynb #c012
+def _caption_key(name: str, captions: dict) -> str | None:
+    "Under what a picture has its caption: its whole name, its stem, or nothing."
+    return next((key for key in (name, name.rsplit("/", 1)[-1]) if key in captions), None)
+
 def _caption_for(name: str, captions: dict, otherwise: str = "") -> str:
-    "The text for a picture: by its whole name, by its stem, or the one it came with."
-    return captions.get(name, captions.get(name.rsplit("/", 1)[-1], otherwise))
+    "The text for a picture, or the one it came with."
+    return otherwise if (key := _caption_key(name, captions)) is None else captions[key]
 
 # %% ../nbs/08_datasets.ipynb #c015
 def _check_captions(names: list[str], captions: dict) -> None:
     "Refuse captions that belong to other pictures, or to two at once."
-    by_stem = [name.rsplit("/", 1)[-1] for name in names if name not in captions]
-    shared = sorted(stem for stem, n in Counter(by_stem).items() if n > 1 and stem in captions)
+    found = Counter(key for name in names if (key := _caption_key(name, captions)) is not None)
+    shared = sorted(key for key, n in found.items() if n > 1)
     if shared:
-        raise ValueError(f"{len(shared)} stems that have a caption belong to more than one picture: {', '.join(shared[:5])}. Rename the pictures, or name captions by the path below the folder, without ending")
-    if captions and not any(_caption_for(name, captions, None) is not None for name in names):
+        raise ValueError(f"{len(shared)} names that have a caption belong to more than one picture: {', '.join(shared[:5])}. Rename the pictures, or name captions by the path below the folder, without ending")
+    if captions and not found:
         raise ValueError(f"none of the {len(captions)} captions (such as {next(iter(captions))!r}) is of one of the {len(names)} pictures (such as {names[0]!r})")
 
 # %% ../nbs/08_datasets.ipynb #c018
@@ -83,8 +87,7 @@ class Pairs(Dataset):
     def __init__(self, items, size: int, scale: int, seed: int, cache_mb: int, captions: dict = None):
         if not len(items):
             raise ValueError("paths is empty: give at least one photograph (scan_photographs finds them in a folder)")
-        if size % scale or size < scale:
-            raise ValueError(f"size={size} is not a multiple of scale={scale}: take {max(1, round(size / scale)) * scale}")
+        _check_settings(size, scale, seed)
         self.items, self.size, self.scale, self.seed, self.captions = items, size, scale, seed, captions or {}
         self.cache_mb, self._cache = cache_mb, OrderedDict()
         if self.captions and (names := items.names()):  # a stream does not know its names
@@ -104,6 +107,17 @@ class Pairs(Dataset):
         return self.items.digest()
 
 # %% ../nbs/08_datasets.ipynb #c020
+def _check_settings(size: int, scale: int, seed: int, preset="seesr_strong") -> None:
+    "Refuse sizes and presets that cannot work, by name."
+    for name, number, least in (("size", size, 1), ("scale", scale, 1), ("seed", seed, 0)):
+        if isinstance(number, bool) or not isinstance(number, (int, np.integer)) or number < least:
+            raise ValueError(f"{name}={number!r}: expected a whole number of {least} or more")
+    if size % scale:
+        raise ValueError(f"size={size} is not a multiple of scale={scale}: take {max(1, round(size / scale)) * scale}")
+    if not isinstance(preset, DegradationPreset) and (not isinstance(preset, str) or preset not in PRESETS):
+        raise ValueError(f"preset={preset!r}: expected one of {', '.join(PRESETS)}, or a DegradationPreset")
+
+# %% ../nbs/08_datasets.ipynb #c023
 def _item(self: Pairs, index: int) -> Item:
     "The decoded item, from memory where it is there."
     if index in self._cache:
@@ -116,7 +130,7 @@ def _item(self: Pairs, index: int) -> Item:
 
 Pairs._item = _item
 
-# %% ../nbs/08_datasets.ipynb #c022
+# %% ../nbs/08_datasets.ipynb #c025
 def _draw(
     self: Pairs,
     index: int,  # which picture, 0..len-1
@@ -127,7 +141,7 @@ def _draw(
         raise IndexError(f"index={index}: there are {len(self)} photographs, 0 to {len(self) - 1}")
     return self.sample(self._item(index), index, epoch)
 
-# %% ../nbs/08_datasets.ipynb #c024
+# %% ../nbs/08_datasets.ipynb #c027
 def _sample(self: Pairs, item: Item, index: int, epoch: int) -> dict:
     "The pair that is made of an item."
     hr, lr = self.make(item, index, epoch)
@@ -135,7 +149,7 @@ def _sample(self: Pairs, item: Item, index: int, epoch: int) -> dict:
 
 Pairs.draw, Pairs.sample = _draw, _sample
 
-# %% ../nbs/08_datasets.ipynb #c026
+# %% ../nbs/08_datasets.ipynb #c029
 def draw_crop(
     height: int,  # of the picture, pixels
     width: int,  # of the picture, pixels
@@ -146,7 +160,7 @@ def draw_crop(
     top, left = (int(torch.randint(side - size + 1, (), generator=generator)) for side in (height, width))
     return top, left, bool(torch.rand((), generator=generator) < 0.5)
 
-# %% ../nbs/08_datasets.ipynb #c029
+# %% ../nbs/08_datasets.ipynb #c032
 def cut(
     pixels: np.ndarray,  # (H, W, 3) uint8
     top: int,  # first row
@@ -158,7 +172,7 @@ def cut(
     crop = torch.from_numpy(pixels[top : top + size, left : left + size].copy()).permute(2, 0, 1).float() / 255
     return crop.flip(2) if mirrored else crop.contiguous()
 
-# %% ../nbs/08_datasets.ipynb #c033
+# %% ../nbs/08_datasets.ipynb #c036
 class PairDataset(Pairs):
     "Pairs made of photographs as they are asked for (design of the paper's Sec. 4.1 data, Table 6)."
 
@@ -172,8 +186,9 @@ class PairDataset(Pairs):
         cache_mb: int = 256,  # decoded photographs kept in memory, per worker
         captions: dict = None,  # name or stem -> text
     ):
-        if isinstance(preset, str) and preset not in PRESETS:
-            raise ValueError(f"preset={preset!r}: expected one of {', '.join(PRESETS)}")
+        _check_settings(size, scale, seed, preset)
+        if isinstance(paths, (str, Path)):
+            raise TypeError(f"paths={str(paths)!r}: expected a list of photographs; open_dataset opens a folder, scan_photographs lists what is in it")
         super().__init__(paths if hasattr(paths, "item") else Files(paths), size, scale, seed, cache_mb, captions)
         self.preset, self.paths = preset, getattr(self.items, "paths", None)
 
@@ -185,7 +200,7 @@ class PairDataset(Pairs):
         top, left, mirrored = draw_crop(height, width, size, sample_generator(self.seed, index, epoch, stream="crop"))
         return degrade(cut(item.pixels, top, left, size, mirrored), self.preset, self.seed, index, epoch, self.scale)
 
-# %% ../nbs/08_datasets.ipynb #c040
+# %% ../nbs/08_datasets.ipynb #c043
 class Mixed(Dataset):
     "Datasets of one size and scale, as one. Made by `mixed`."
 
@@ -204,7 +219,7 @@ class Mixed(Dataset):
     def digest(self) -> str:
         return hashlib.sha256(repr([(d.digest(), w) for d, w in zip(self.datasets, self.weights)]).encode()).hexdigest()[:16]
 
-# %% ../nbs/08_datasets.ipynb #c042
+# %% ../nbs/08_datasets.ipynb #c045
 def _place(self: Mixed, index: int, epoch: int) -> tuple[int, int, int]:
     "(which dataset, index in it, epoch in it) of a number of the mix."
     which = int(np.searchsorted(self._ends, index, side="right"))
@@ -214,7 +229,7 @@ def _place(self: Mixed, index: int, epoch: int) -> tuple[int, int, int]:
         return which, turn % n, turn // n
     return which, int(_permutation(n, self.seed + which, turn // n)[turn % n]), turn // n
 
-# %% ../nbs/08_datasets.ipynb #c044
+# %% ../nbs/08_datasets.ipynb #c047
 def _draw_mixed(self: Mixed, index: int, epoch: int = 0) -> dict:
     "The sample of its dataset, under the number that it has in the mix."
     if not 0 <= index < len(self):
@@ -224,13 +239,13 @@ def _draw_mixed(self: Mixed, index: int, epoch: int = 0) -> dict:
 
 Mixed._place, Mixed.draw = _place, _draw_mixed
 
-# %% ../nbs/08_datasets.ipynb #c046
+# %% ../nbs/08_datasets.ipynb #c049
 @functools.lru_cache(4)
 def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     "The order of epoch `epoch`."
     return torch.randperm(n, generator=sample_generator(seed, epoch, stream="order")).numpy()
 
-# %% ../nbs/08_datasets.ipynb #c049
+# %% ../nbs/08_datasets.ipynb #c052
 def mixed(
     datasets: list,  # of one size and scale, each with `draw` and a length
     weights: list[float] = None,  # how often a picture of each is taken in an epoch, > 0; None: once
@@ -248,7 +263,7 @@ def mixed(
         raise ValueError(f"weight {bad[0][0]} of a dataset of {bad[0][1]} pictures: expected a number above 0 that takes at least one picture an epoch")
     return Mixed(list(datasets), weights, seed)
 
-# %% ../nbs/08_datasets.ipynb #c053
+# %% ../nbs/08_datasets.ipynb #c056
 def sample_order(
     n: int,  # number of photographs
     batch_size: int,  # samples per step, all ranks together
@@ -259,7 +274,7 @@ def sample_order(
     places = (divmod(p, n) for p in range(step * batch_size, (step + 1) * batch_size))
     return [(int(_permutation(n, seed, epoch)[place]), epoch) for epoch, place in places]
 
-# %% ../nbs/08_datasets.ipynb #c057
+# %% ../nbs/08_datasets.ipynb #c060
 class _Order:
     "One rank's share of every step, made step by step: a run of a million steps needs no list of them."
 
@@ -273,7 +288,7 @@ class _Order:
         for step in self.steps:
             yield sample_order(len(self.dataset), self.batch_size, step, self.dataset.seed)[self.share]
 
-# %% ../nbs/08_datasets.ipynb #c060
+# %% ../nbs/08_datasets.ipynb #c063
 class _Steps(IterableDataset):
     "One rank's share of every step of a stream; worker w of W makes every W-th step, so together they make all."
 
@@ -291,7 +306,7 @@ class _Steps(IterableDataset):
         for _ in self.steps[worker::workers]:
             yield default_collate([next(samples) for _ in range(self.share.stop - self.share.start)])
 
-# %% ../nbs/08_datasets.ipynb #c063
+# %% ../nbs/08_datasets.ipynb #c066
 def pair_loader(
     dataset,  # with `draw` and a length, or a stream with `read`; its seed also orders the pairs
     batch_size: int,  # samples per step, all ranks together
@@ -314,7 +329,7 @@ def pair_loader(
         return iter(DataLoader(_Steps(*plan), batch_size=None, **common))
     return iter(DataLoader(dataset, batch_sampler=_Order(*plan), **common))
 
-# %% ../nbs/08_datasets.ipynb #c068
+# %% ../nbs/08_datasets.ipynb #c071
 def degraded_pair(
     hr: Tensor,  # (3, H, W) in [0, 1]; H and W multiples of `scale`
     preset="seesr_strong",  # a name in `framer.degradation.PRESETS`, or a preset

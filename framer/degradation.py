@@ -245,26 +245,38 @@ class DegradationPreset:
 
 # %% ../nbs/06_degradation.ipynb #c064
 def _check_range(where: str, bounds, low: float, high: float) -> None:
-    if len(bounds) != 2 or not low <= bounds[0] <= bounds[1] <= high:
+    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2 or not low <= bounds[0] <= bounds[1] <= high:
         raise ValueError(f"{where}={bounds!r}: expected (low, high) with {low} <= low <= high <= {high}")
 
+def _check_around(where: str, bounds, low: float, high: float) -> None:
+    _check_range(where, bounds, low, high)
+    if not bounds[0] <= 1 <= bounds[1]:
+        raise ValueError(f"{where}={bounds!r}: expected a range with 1 in it, since its parts below and above 1 are drawn from apart")
+
+def _check_chance(where: str, chance) -> None:
+    if isinstance(chance, bool) or not isinstance(chance, (int, float)) or not 0 <= chance <= 1:
+        raise ValueError(f"{where}={chance!r}: expected a chance from 0 to 1")
+
 def _check_chances(where: str, chances, count: int) -> None:
-    if len(chances) != count or min(chances) < 0 or abs(sum(chances) - 1) > 1e-6:
+    if not isinstance(chances, (tuple, list)) or len(chances) != count or min(chances) < 0 or abs(sum(chances) - 1) > 1e-6:
         raise ValueError(f"{where}={chances!r}: expected {count} chances of 0 or more that sum to 1")
 
 # %% ../nbs/06_degradation.ipynb #c066
 def _check_stage(where: str, stage: Stage) -> None:
-    for name in ("blur_prob", "sinc_prob", "noise_prob", "gaussian_prob", "gray_prob"):
-        _check_range(f"{where}.{name}", (getattr(stage, name),) * 2, 0, 1)
+    if not isinstance(stage, Stage):
+        raise ValueError(f"{where}={stage!r}: expected a Stage")
+    for name in ("blur_prob", "sinc_prob", "noise_prob", "gaussian_prob", "gray_prob"): _check_chance(f"{where}.{name}", getattr(stage, name))
     _check_chances(f"{where}.resize_prob", stage.resize_prob, 3)
-    limits = dict(sigma=(1e-3, 1e3), resize_range=(1e-3, 10), gaussian=(0, 1e4), poisson=(0, 1e4), jpeg=(1, 100))
+    _check_around(f"{where}.resize_range", stage.resize_range, 1e-3, 10)
+    limits = dict(sigma=(1e-3, 1e3), gaussian=(0, 1e4), poisson=(0, 1e4), jpeg=(1, 100))
     for name, (low, high) in limits.items():
-        if getattr(stage, name) is not None: _check_range(f"{where}.{name}", getattr(stage, name), low, high)
+        if name != "jpeg" or stage.jpeg is not None: _check_range(f"{where}.{name}", getattr(stage, name), low, high)
 
 # %% ../nbs/06_degradation.ipynb #c068
 def _check_preset(preset: DegradationPreset) -> None:
     _check_stage("first", preset.first); _check_stage("second", preset.second)
-    _check_chances("kind_prob", preset.kind_prob, len(preset.kinds))
+    _check_chances("kind_prob", preset.kind_prob, len(preset.kinds)); _check_chance("final_sinc_prob", preset.final_sinc_prob)
+    for name in ("beta_generalized", "beta_plateau"): _check_around(name, getattr(preset, name), 1e-3, 1e3)
     for name, known in (("kinds", KINDS), ("modes", MODES), ("codec", ("libjpeg", "float")), ("kernel_size", ("drawn", "declared"))):
         given = getattr(preset, name)
         wrong = [g for g in ([given] if isinstance(given, str) else given) if g not in known]
@@ -591,7 +603,7 @@ def degrade_batch(
     "`degrade` for a batch, with the same draws and noises. Raises `ValueError` or `TypeError` as `degrade` does."
     preset = _preset(preset)
     _check_picture(hr, scale, "(B, 3, H, W)")
-    numbers, turns = ([int(n) for n in given] for given in (indices, epochs))
+    numbers, turns = (given.tolist() if hasattr(given, "tolist") else list(given) for given in (indices, epochs))
     if not len(hr) == len(numbers) == len(turns) > 0:
         raise ValueError(f"{len(hr)} pictures with {len(numbers)} indices and {len(turns)} epochs: expected one of each for every picture, and at least one")
     for index, epoch in zip(numbers, turns): _check_numbers(seed=seed, index=index, epoch=epoch)

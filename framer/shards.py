@@ -24,7 +24,7 @@ from itertools import groupby
 from pathlib import Path
 import numpy as np
 import torch
-from .datasets import Item, Pairs
+from .datasets import Item, Pairs, _caption_for, _check_captions
 from .degradation import sample_generator
 from .photographs import EXTENSIONS, picture_problem, read_pixels, scan_photographs
 
@@ -73,7 +73,7 @@ def tar_members(
                 if member.isreg() and not member.issparse(): found.append((member.name, member.offset_data, member.size))
     except tarfile.TarError as error:
         if not found and size:
-            packed = "compressed; unpack it first (gunzip), a sample cannot be found in it otherwise" if path.open("rb").read(2) == b"\x1f\x8b" else f"no tar file ({error})"
+            packed = "compressed; unpack it first (gunzip), a sample cannot be found in it otherwise" if path.open("rb").read(2) == b"\x1f\x8b" else f"no tar file ({error}); replace it, or take it out of the set"
             raise ValueError(f"{path} is {packed}") from error
     return found, _end_problem(path, end)
 
@@ -342,13 +342,14 @@ def _write_shard(path: Path, samples: list) -> None:
         part.unlink(missing_ok=True)
 
 # %% ../nbs/08b_shards.ipynb #c077
+def _name(entry, root: Path | None) -> str:
+    "What a picture, or a pair (name, HR file, LR file), is called."
+    return entry[0] if isinstance(entry, tuple) else (entry.relative_to(root) if root else Path(entry.name)).with_suffix("").as_posix()
+
 def _members(entry, root: Path | None, captions: dict) -> tuple[str, dict]:
-    "(key, members) of a picture, or of a pair (name, HR file, LR file)."
-    if isinstance(entry, tuple):
-        name, files = entry[0], {f"hr{entry[1].suffix.lower()}": entry[1], f"lr{entry[2].suffix.lower()}": entry[2]}
-    else:
-        name, files = (entry.relative_to(root) if root else Path(entry.name)).with_suffix("").as_posix(), {entry.suffix.lower()[1:]: entry}
-    text = captions.get(name, captions.get(name.rsplit("/", 1)[-1], ""))
+    "(key, members) of a picture or a pair."
+    name, files = _name(entry, root), {entry.suffix.lower()[1:]: entry} if isinstance(entry, Path) else {f"hr{entry[1].suffix.lower()}": entry[1], f"lr{entry[2].suffix.lower()}": entry[2]}
+    text = _caption_for(name, captions)
     *folders, stem = name.split("/")
     return "/".join([*folders, stem.replace(".", "_")]), {**files, **({"txt": text.encode()} if text else {})}
 
@@ -369,6 +370,7 @@ def write_shards(
     samples = [_members(e, root, captions or {}) for e in files if e not in bad]
     if clash := [k for k, n in Counter(k for k, _ in samples).items() if n > 1]:
         raise ValueError(f"{len(clash)} keys belong to more than one picture: {', '.join(clash[:5])}. Rename the pictures (a dot in a name counts as _)")
+    if captions: _check_captions([_name(e, root) for e in files if e not in bad], captions)
     plan = _shard_plan(samples, size_mb)
     out.mkdir(parents=True, exist_ok=True)
     _same_plan(out, plan, prefix)

@@ -19,10 +19,10 @@ from itertools import groupby
 from pathlib import Path
 from urllib.parse import parse_qsl
 from .captions import read_captions
-from .datasets import Files, Item, PairDataset, mixed
+from .datasets import Files, Item, PairDataset, _check_settings, mixed
 from .degradation import sample_generator
 from .pairs import PairedCrops, PairFiles, find_pairs
-from .photographs import EXTENSIONS, PictureFilter, files_below, read_pixels, rgb_pixels, scan_photographs
+from .photographs import EXTENSIONS, PictureFilter, duplicate_stems, files_below, read_pixels, rgb_pixels, scan_photographs
 from .shards import Shards, ShardStream, find_shards
 
 # %% ../nbs/08e_sources.ipynb #c007
@@ -48,7 +48,9 @@ def _picture_column(dataset, image: str | None):
 def _hub_item(row: dict, image: str, caption: str | None, number: int, base: str = "row") -> Item:
     "A row as an item. `ValueError` naming the row where it holds no picture, or one that cannot be read."
     cell, where = row[image], f"{base} {number}"
-    text = row.get(caption) if caption else ""
+    if caption and caption not in row:
+        raise ValueError(f"{where}: no column {caption!r} for captions, the columns are {', '.join(row)}")
+    text = row[caption] if caption else ""
     path = cell.get("path") if isinstance(cell, dict) else cell if isinstance(cell, str) else None
     data = cell.get("bytes") if isinstance(cell, dict) else cell if isinstance(cell, bytes) else None
     if data is None and path is None:
@@ -120,6 +122,8 @@ class HubRows:
         length: int = None,  # rows of an epoch; None: what the dataset says of itself
     ):
         _refuse_shuffled(dataset)
+        if caption and dataset.features and caption not in dataset.features:
+            raise ValueError(f"no column {caption!r} for captions: the columns are {', '.join(dataset.features)}")
         self.image, self.dataset = _picture_column(dataset, image)
         self.caption = caption
         splits, split = getattr(dataset.info, "splits", None) or {}, str(dataset.split)
@@ -197,11 +201,11 @@ def load_hub(
     try:
         if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
             found = hub.load_from_disk(str(folder))
+            if not isinstance(found, hub.DatasetDict) and split not in ("train", str(found.split)): raise KeyError(f"one table, of no split {split!r}")
             found = found[split] if isinstance(found, hub.DatasetDict) else found
             return found.to_iterable_dataset() if stream else found
         if folder.is_dir():
-            tables = sorted(str(p) for p in folder.rglob("*.parquet"))
-            return hub.load_dataset("parquet", data_files=tables, split="train", streaming=stream) if tables else hub.load_dataset("imagefolder", data_dir=str(folder), split=split, streaming=stream)
+            return hub.load_dataset("parquet" if any(folder.rglob("*.parquet")) else "imagefolder", data_dir=str(folder), split=split, streaming=stream)
         return hub.load_dataset(where, split=split, streaming=stream)
     except Exception as error:  # the package raises its own, requests', pyarrow's and KeyError
         raise FileNotFoundError(f"hf:{where} could not be opened (split {split!r}): {type(error).__name__}: {str(error)[:300]}. Expected a folder (save_to_disk, Parquet, or pictures), or a name on the hub that this machine can reach") from error
@@ -258,8 +262,9 @@ def _fill(cls, given: dict, what: str):
 # %% ../nbs/08e_sources.ipynb #c054
 def read_recipe(
     path: str | Path,  # a JSON file, as `Recipe.save` writes it
+    above: tuple = (),  # the recipes that hold this one
 ) -> Recipe:
-    "A recipe from its file. `ValueError` naming what does not belong there."
+    "A recipe from its file. `ValueError` naming what does not belong there, in this file or in a recipe that it holds."
     try:
         given = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -268,15 +273,24 @@ def read_recipe(
     recipe.sources = [_fill(Source, s, f"{path}, source {k}") for k, s in enumerate(recipe.sources)]
     recipe.filter = _fill(PictureFilter, recipe.filter, f"{path}, filter") if isinstance(recipe.filter, dict) else recipe.filter
     names = [s.name for s in recipe.sources]
-    if not names or len(set(names)) < len(names) or any((s.first is not None and s.first < 1) or not s.weight > 0 for s in recipe.sources):
-        raise ValueError(f"{path}: expected at least one source, each with a name of its own, first of at least 1 and a weight above 0; found {[(s.name, s.first, s.weight) for s in recipe.sources]}")
+    if not names or len(set(map(str, names))) < len(names) or not all(_sound(s) for s in recipe.sources):
+        raise ValueError(f"{path}: expected at least one source, each with a name of its own, first of at least 1 and a weight above 0; found {[(s.name, s.data, s.first, s.weight) for s in recipe.sources]}")
+    for held in (Path(path).parent / s.data for s in recipe.sources if s.data.endswith(".json")):
+        if held.resolve() in (line := (*above, Path(path).resolve())):
+            raise ValueError(f"{path} holds {held.name}, which holds it: a recipe cannot be one of its own sources")
+        if held.is_file(): read_recipe(held, line)
     return recipe
 
-# %% ../nbs/08e_sources.ipynb #c058
+# %% ../nbs/08e_sources.ipynb #c056
+def _sound(s: Source) -> bool:
+    texts = all(isinstance(t, str) for t in (s.name, s.data, s.page, s.licence)) and (s.captions is None or isinstance(s.captions, str))
+    return texts and (s.first is None or isinstance(s.first, int) and s.first >= 1) and isinstance(s.weight, (int, float)) and s.weight > 0
+
+# %% ../nbs/08e_sources.ipynb #c060
 CHOICES = "a folder of photographs, a folder with hr/ and lr/, tar shards (a folder, folder/*.tar or name-{000..146}.tar), hf:<name or folder>, a recipe (file.json or recipe:<name>)"
 OPTIONS = dict(hf=("split", "image", "caption", "stream", "length", "buffer"), shards=("on_bad", "buffer"), pairs=("on_bad", "hr_end", "lr_end"), photographs=(), recipe=())
 
-# %% ../nbs/08e_sources.ipynb #c061
+# %% ../nbs/08e_sources.ipynb #c063
 def split_options(
     data: str,  # with or without ?a=b&c=d at the end
 ) -> tuple[str, dict]:
@@ -284,14 +298,14 @@ def split_options(
     found = re.fullmatch(r"(.*)\?([a-z_]+=[^?]*)", str(data))
     return (found[1], dict(parse_qsl(found[2], keep_blank_values=True))) if found else (str(data), {})
 
-# %% ../nbs/08e_sources.ipynb #c064
+# %% ../nbs/08e_sources.ipynb #c066
 def _both(folder: Path) -> tuple[Path, Path] | None:
     "The folders of HR and LR pictures below a folder, if it has both."
     below = {p.name.lower(): p for p in folder.iterdir() if p.is_dir()} if folder.is_dir() else {}
     hr, lr = (next((below[n] for n in names if n in below), None) for names in (("hr", "gt"), ("lr", "lq")))
     return (hr, lr) if hr and lr else None
 
-# %% ../nbs/08e_sources.ipynb #c066
+# %% ../nbs/08e_sources.ipynb #c068
 def kind_of(
     data: str,  # without options
     root: Path,  # where relative paths start
@@ -305,7 +319,7 @@ def kind_of(
     what = "does not exist" if not path.exists() else "is a file that is no recipe and no shard"
     raise ValueError(f"data={data!r} {what} (looked for {path}). Expected {CHOICES}")
 
-# %% ../nbs/08e_sources.ipynb #c070
+# %% ../nbs/08e_sources.ipynb #c072
 @dataclass
 class Wanted:
     "What every source of a run is opened with."
@@ -325,7 +339,7 @@ class Wanted:
         if len(bad) > 20: self.log(f"left out: {len(bad) - 20} more")
         self.log(f"{count} {what}" + (f", {len(bad)} left out" if bad else ""))
 
-# %% ../nbs/08e_sources.ipynb #c072
+# %% ../nbs/08e_sources.ipynb #c074
 class First:
     "The first items of a source."
 
@@ -337,16 +351,19 @@ class First:
     def item(self, index: int) -> Item: return self.items.item(index)
     def digest(self) -> str: return f"{self.items.digest()}:{self.count}"
 
-# %% ../nbs/08e_sources.ipynb #c074
+# %% ../nbs/08e_sources.ipynb #c076
 def _open_photographs(path: Path, options: dict, want: Wanted):
     "A folder of photographs. With `first`, the first files by name, of which the filter then takes away."
     pictures = [p for p in files_below(path) if p.suffix.lower() in EXTENSIONS]
     decode = len(pictures) <= 2000 if want.decode is None else want.decode
     good, bad = scan_photographs(path, want.size, want.keep, decode, want.first)
     want.tell(f"photographs in {path}" + ("" if decode else " (by their headers)"), len(good), bad)
+    if shared := duplicate_stems(good):
+        stem, files = next(iter(shared.items()))
+        want.log(f"{len(shared)} stems belong to more than one photograph, such as {stem!r} to {' and '.join(str(p.relative_to(path)) for p in files[:2])}: all are used; a caption must name them by the path")
     return PairDataset(Files(good, path), want.size, want.scale, want.preset, want.seed, want.cache_mb, want.captions)
 
-# %% ../nbs/08e_sources.ipynb #c076
+# %% ../nbs/08e_sources.ipynb #c078
 def _open_pairs(path: Path, options: dict, want: Wanted):
     "A folder with hr/ and lr/."
     hr, lr = _both(path)
@@ -355,7 +372,14 @@ def _open_pairs(path: Path, options: dict, want: Wanted):
     want.tell(f"pairs in {path}", len(pairs), bad)
     return PairedCrops(PairFiles(pairs[: want.first]), want.size, want.scale, want.seed, want.cache_mb, want.captions)
 
-# %% ../nbs/08e_sources.ipynb #c078
+# %% ../nbs/08e_sources.ipynb #c080
+def _whole(options: dict, name: str, otherwise: int = None) -> int | None:
+    "An option that is a whole number of 1 or more."
+    given = str(options.get(name, otherwise))
+    if name in options and not (given.isascii() and given.isdigit() and int(given) >= 1):
+        raise ValueError(f"{name}={given}: expected a whole number of 1 or more")
+    return int(given) if name in options else otherwise
+
 def _open_shards(path: Path, options: dict, want: Wanted):
     "Tar shards, at random or, with a buffer, from front to back."
     shards = Shards(find_shards(path), options.get("on_bad", "raise"))
@@ -365,22 +389,29 @@ def _open_shards(path: Path, options: dict, want: Wanted):
     items = First(shards, want.first) if want.first else shards
     common = want.cache_mb, want.captions
     made = PairDataset(items, want.size, want.scale, want.preset, want.seed, *common) if shards.kind == "picture" else PairedCrops(items, want.size, want.scale, want.seed, *common)
-    return ShardStream(made, int(options["buffer"])) if "buffer" in options else made
+    return ShardStream(made, _whole(options, "buffer")) if "buffer" in options else made
 
-# %% ../nbs/08e_sources.ipynb #c080
+# %% ../nbs/08e_sources.ipynb #c082
 def _open_hub(where: str, options: dict, want: Wanted):
     "A Hugging Face dataset, as a table or as a stream."
     stream = options.get("stream", "0") not in ("0", "", "False", "false")
     found, columns = load_hub(where, options.get("split", "train"), stream), (options.get("image"), options.get("caption"))
-    length = int(options["length"]) if "length" in options else None
+    length, buffer = _whole(options, "length"), _whole(options, "buffer", 512)
     items = HubRows(found, *columns, length) if stream else HubPictures(found, *columns)
     if want.first and stream:
         raise ValueError(f"hf:{where}: for its first {want.first} rows give length={want.first} in place of first")
     want.tell(f"rows in hf:{where}", len(items), {})
     made = PairDataset(First(items, want.first) if want.first else items, want.size, want.scale, want.preset, want.seed, want.cache_mb, want.captions)
-    return HubStream(made, int(options.get("buffer", 512))) if stream else made
+    return HubStream(made, buffer) if stream else made
 
-# %% ../nbs/08e_sources.ipynb #c082
+# %% ../nbs/08e_sources.ipynb #c084
+def _check_recipe_captions(name: str, recipe: Recipe, captions: Mapping) -> None:
+    "Refuse captions that do not say which source they are of."
+    names = [s.name for s in recipe.sources]
+    if wrong := [key for key, texts in captions.items() if key not in names or not isinstance(texts, Mapping)]:
+        raise ValueError(f"{name}: captions of {wrong[0]!r}, and the sources are {', '.join(names)}. In a mix each source has its own: write the file of captions into the sources of a recipe file, or give a mapping from source to captions")
+
+# %% ../nbs/08e_sources.ipynb #c086
 def _open_recipe(name: str, root: Path, want: Wanted):
     "A recipe: the sources of a mix."
     if name.startswith("recipe:"):
@@ -389,17 +420,19 @@ def _open_recipe(name: str, root: Path, want: Wanted):
         recipe, base = RECIPES[name[7:]], root / "data"
     else:
         recipe, base = read_recipe(root / name), (root / name).parent
+    if want.first: raise ValueError(f"{name}: first={want.first} is for one set; write first into the sources of a recipe file")
+    _check_recipe_captions(name, recipe, want.captions)
     missing = [s for s in recipe.sources if not s.data.startswith(("hf:", "recipe:")) and not re.search(r"[*?{]", s.data) and not (base / s.data).expanduser().exists()]
     if missing:
         raise FileNotFoundError(f"{name}: {len(missing)} of {len(recipe.sources)} sources are not there:" + "".join(f"\n  {s.name}: {base / s.data} (from {s.page or 'you'}; {s.licence or 'licence unknown'})" for s in missing) + "\nThe page recipes says how the folders look")
     opened = []
     for k, s in enumerate(recipe.sources):
         seed = int(sample_generator(want.seed, k, stream="source").initial_seed() % 2**31)
-        captions = read_captions(base / s.captions) if s.captions else {n: t for n, t in want.captions.get(s.name, {}).items()} if isinstance(want.captions.get(s.name), Mapping) else {}
+        captions = read_captions(base / s.captions) if s.captions else want.captions.get(s.name, {})
         opened.append(open_dataset(s.data, want.size, want.scale, want.preset, seed, captions, recipe.filter, base, want.decode, want.cache_mb, s.first, want.log))
     return mixed(opened, [s.weight for s in recipe.sources], want.seed)
 
-# %% ../nbs/08e_sources.ipynb #c084
+# %% ../nbs/08e_sources.ipynb #c088
 def open_dataset(
     data: str | Path,  # see the table: a folder, pairs, shards, hf:..., a recipe
     size: int = 128,  # side of the HR crop, pixels, a multiple of `scale`
@@ -420,6 +453,9 @@ def open_dataset(
     kind = kind_of(name, root)
     if unknown := set(options) - set(OPTIONS[kind]):
         raise ValueError(f"data={data!r}: unknown option {', '.join(sorted(unknown))}; {kind} takes {', '.join(OPTIONS[kind]) or 'none'}")
+    _check_settings(size, scale, seed, preset)
+    if first is not None and (isinstance(first, bool) or not isinstance(first, int) or first < 1):
+        raise ValueError(f"first={first!r}: expected None, or a whole number of 1 or more")
     captions = read_captions(root / captions) if isinstance(captions, (str, Path)) else {} if captions is None else captions
     want = Wanted(size, scale, preset, seed, captions, keep or PictureFilter(0, 0), decode, cache_mb, first, log or (lambda line: None))
     if want.keep != PictureFilter(0, 0) and kind not in ("photographs", "recipe"):
