@@ -344,6 +344,8 @@ def to_markdown(table: Table) -> str:
         out.append(f"| {safe(name) if span else ''} | {safe(label)} | " + " | ".join(_markdown_cell(cell, metric, letter) for cell, letter in zip(cells, letters)) + " |")
     return "\n".join([*out, "", safe(caption(table)), *(f"\n<sup>{letter}</sup> {safe(text)}" for text, letter in notes(table).items())]) + "\n"
 
+Table.__repr__ = to_markdown
+
 # %% ../nbs/21_comparison.ipynb #c087
 _TEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
         ">": r"\textgreater{}", "|": r"\textbar{}", "\u2191": r"$\uparrow$", "\u2193": r"$\downarrow$", "\n": " "}
@@ -355,9 +357,9 @@ def escape_tex(text: str) -> str:
 
 # %% ../nbs/21_comparison.ipynb #c090
 def _tex_cell(cell: Cell, metric: str, letter: str) -> str:
-    "One cell: bold, underlined, gain in green or red, letter."
+    "One cell: bold, underlined, gain in green or red (black where it rounds to nothing), letter."
     text = {1: r"\textbf{%s}", 2: r"\underline{%s}"}.get(cell.rank, "%s") % _number(cell, metric)
-    colour = "green!45!black" if (cell.gain or 0) > -0.05 else "red!70!black"
+    colour = "black" if abs(cell.gain or 0) < 0.05 else "green!45!black" if cell.gain > 0 else "red!70!black"
     gain = r" {\footnotesize\textcolor{%s}{%s}}" % (colour, escape_tex(_gain(cell))) if _gain(cell) else ""
     return text + (r"\textsuperscript{%s}" % letter if letter else "") + gain
 
@@ -384,7 +386,7 @@ def to_latex(table: Table) -> str:
         lines += [r"\midrule"] if span else []
         lines.append(" & ".join([first, escape_tex(label), *(_tex_cell(cell, metric, letter) for cell, letter in zip(cells, letters))]) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}"]
-    lines += [r"\\ {\footnotesize \textsuperscript{%s} %s}" % (letter, escape_tex(text)) for text, letter in notes(table).items()]
+    lines += [r"\\ {\footnotesize \textsuperscript{%s} %s}" % (letter, escape_tex(text).replace("/", r"/\allowbreak{}")) for text, letter in notes(table).items()]
     return "\n".join([*lines, r"\end{table*}", ""])
 
 # %% ../nbs/21_comparison.ipynb #c099
@@ -394,7 +396,7 @@ def _html_cell(cell: Cell, metric: str, letter: str, anchor: str) -> str:
     text = {1: "<strong>{}</strong>", 2: "<u>{}</u>"}.get(cell.rank, "{}").format(_number(cell, metric).replace("-", "<span aria-hidden=true>-</span><span class=said>no value</span>") if cell.mean is None else _number(cell, metric))
     text += f'<span class=said>, {said}</span>' if said else ""
     text += f'<sup><a href="#{anchor}-{letter}" aria-label="note {letter}">{letter}</a></sup>' if letter else ""
-    return f"<td>{text}" + (f' <span class="{"gain" if cell.gain > -0.05 else "loss"}">{_gain(cell)}</span>' if _gain(cell) else "") + "</td>"
+    return f"<td>{text}" + (f' <span class="{"same" if abs(cell.gain) < 0.05 else "gain" if cell.gain > 0 else "loss"}">{_gain(cell)}</span>' if _gain(cell) else "") + "</td>"
 
 # %% ../nbs/21_comparison.ipynb #c102
 _STYLE = """<style>.framer-table{overflow-x:auto}.framer-table table{border-collapse:collapse;font-variant-numeric:tabular-nums}.framer-table caption{text-align:left;padding:.4em 0;max-width:60em}

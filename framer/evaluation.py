@@ -42,7 +42,7 @@ def image_files(
     single = isinstance(where, (str, os.PathLike))
     paths = [Path(path).expanduser() for path in ([where] if single else where)]
     if absent := [str(path) for path in paths if not path.exists()]:
-        raise FileNotFoundError(f"{what}: {_list(absent)} do not exist (looked from {Path.cwd()})")
+        raise FileNotFoundError(f"{what}: {_list(absent)} {'does' if len(absent) == 1 else 'do'} not exist (looked from {Path.cwd()})")
     if single and paths[0].is_dir():
         return _images_in(paths[0])
     _check_list(paths, what)
@@ -133,7 +133,7 @@ def _refuse(ambiguous: list, lonely: list, rules=RULES):
     if lonely:
         sides = (("references without a result", [b.name for a, b in lonely if a is None]), ("results without a reference", [a.name for a, b in lonely if b is None]))
         told = "; ".join(f"{len(names)} {what} ({_list(names)})" for what, names in sides if names)
-        raise ValueError(f"{told}. Files are joined by stem without the endings {_list(rules, 4)} (rules=...); on_error=\"gap\" scores the rest and shows the gaps.")
+        raise ValueError(f"{told}. Files are joined by stem without the endings {_list(rules, 4)} (rules=...).")
 
 # %% ../nbs/20_evaluation.ipynb #c027
 def _note(image: Image.Image, path: Path) -> str:
@@ -225,10 +225,13 @@ class Pair:
 
 # %% ../nbs/20_evaluation.ipynb #c045
 def _plan(results, references, rules, on_error: str) -> list:
-    "A `Pair` a row."
+    "A `Pair` a row. `ValueError` where nothing belongs together."
+    if on_error not in ("raise", "gap"):
+        raise ValueError(f"on_error={on_error!r}: expected 'raise' or 'gap'")
     if references is None:
         return [Pair(path, None) for path in sorted(image_files(results, "results"), key=lambda path: path.name)]
-    matched = match_files(results, references, rules, on_error)
+    matched = match_files(results, references, rules, "gap")
+    if all(None in pair for pair in matched): match_files(results, references, rules)
     differ, plan = _check_sizes(matched, on_error), []
     for result, reference in matched:
         problem = "there is no result of this name" if result is None else "there is no reference of this name" if reference is None else differ.get(result, "")
@@ -413,10 +416,10 @@ def evaluate(
     rules=RULES,  # endings of file names that do not count in matching
     out=None,  # a file that keeps every value; an evaluation that broke off goes on from it
     progress: bool | None = None,  # a bar: None shows it on a terminal
-    on_error: str = "raise",  # a missing partner, sizes that differ: "raise" before anything is scored, or "gap"
+    on_error: str = "raise",  # sizes that differ: "raise" lists them before anything is scored, "gap" scores the rest
     weights=None,  # folder of weights; None is $FRAMER_METRIC_WEIGHTS or torch's hub folder
 ) -> Scores:  # rows (`image` is the file's name), .means, .missing, .problems, .notes, .protocol, .versions
-    "Score files under a protocol. A file that cannot be read is a gap with a reason in `.problems`, and the rest is scored."
+    "Score files under a protocol. A file that cannot be read or has no partner is a gap with a reason in `.problems`; the rest is scored."
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r}: expected a whole number of images, 1 or more")
     plan, scorer = _plan(results, references, rules, on_error), Scorer(metrics, protocol, device, weights)

@@ -15,6 +15,7 @@ import io
 import json
 import os
 import random
+import re
 import secrets
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -200,6 +201,7 @@ def _check_answers(data, key: dict):
         if (page := key["pages"].get(a.get("page"))) is None: raise ValueError(f"has a page {a.get('page')!r} that the key does not know")
         if wrong := [c for c in a["choices"].values() if c not in page["candidates"]]: raise ValueError(f"votes for {wrong[0]!r}, which is no candidate of page {a['page']}")
         if unknown := set(a["choices"]) - questions: raise ValueError(f"answers a question {sorted(unknown)[0]!r} that was not asked")
+        if sorted(a["order"]) != sorted(page["candidates"]): raise ValueError(f"has an order of candidates on page {a['page']} that is not the page's: {a['order']}")
     if twice := [p for p, n in Counter(a["page"] for a in data["answers"]).items() if n > 1]: raise ValueError(f"answers page {twice[0]} twice")
 
 # %% ../nbs/22_study.ipynb #c044
@@ -213,16 +215,43 @@ def _read_one(path: Path, key: dict) -> dict:
     return data
 
 # %% ../nbs/22_study.ipynb #c045
+def _read_key(key) -> dict:
+    "A study's key, from a dictionary or a file. `ValueError` where it is none."
+    found = key if isinstance(key, dict) else json.loads(Path(key).read_text(encoding="utf-8"))
+    if lacking := [name for name in ("study", "questions", "tracks", "pages") if name not in found]:
+        raise ValueError(f"{'the key' if found is key else key} has no {', '.join(lacking)}: give the key.json that make_study wrote beside study.html")
+    return found
+
+def _answer_files(answers) -> list:
+    "The participants' files: those of a folder, or the list given."
+    if not isinstance(answers, (str, os.PathLike)): return [Path(p) for p in answers]
+    if not Path(answers).is_dir(): raise FileNotFoundError(f"{answers} is no folder: give the one with the participants' files, or a list of files")
+    found = [p for p in sorted(Path(answers).glob("*.json")) if p.name != "key.json"]
+    if not found: raise ValueError(f"{answers} holds no .json files: put the participants' files there")
+    return found
+
+# %% ../nbs/22_study.ipynb #c047
+def _read_all(paths: list, key: dict, on_error: str, log) -> list:
+    "Every participant's file, in the order of saving."
+    if on_error not in ("raise", "skip"): raise ValueError(f"on_error={on_error!r}: expected 'raise' or 'skip'")
+    found = []
+    for path in paths:
+        try: found.append(_read_one(path, key))
+        except ValueError as error:
+            if on_error == "raise": raise
+            log(f"left out: {error}")
+    return sorted(found, key=lambda d: str(d.get("saved", "")))
+
+# %% ../nbs/22_study.ipynb #c048
 def read_answers(
     answers,  # a folder with the participants' JSON files, or a list of files
     key,  # the study's key: a dictionary, or the path of key.json
-    log=print,  # told about participants who saved twice and questions left open
+    log=print,  # told about participants who saved twice, questions left open, files left out
+    on_error: str = "raise",  # a file that cannot count: "raise", or "skip" to leave it out and say so
 ) -> list:  # of votes: dicts of participant, track, scene, question, method, place (0 was shown first), seconds
-    "All votes of a study. `ValueError` names the file that cannot count, and why."
-    key = key if isinstance(key, dict) else json.loads(Path(key).read_text(encoding="utf-8"))
-    paths = sorted(Path(answers).glob("*.json")) if isinstance(answers, (str, os.PathLike)) else [Path(p) for p in answers]
-    last = {}
-    for data in sorted((_read_one(p, key) for p in paths if p.name != "key.json"), key=lambda d: str(d.get("saved", ""))):
+    "All votes of a study. `ValueError` names the file that cannot count, and why; `FileNotFoundError` a folder that is not there."
+    key, last = _read_key(key), {}
+    for data in _read_all(_answer_files(answers), key, on_error, log):
         if data["participant"] in last: log(f"{data['participant']} saved more than once: the later file counts")
         last[data["participant"]] = data
     return [v for data in last.values() for v in _votes(data, key, log)]
@@ -237,7 +266,7 @@ def _votes(data: dict, key: dict, log) -> list:
     if len(votes) < asked: log(f"{data['participant']} left {asked - len(votes)} of {asked} questions open")
     return votes
 
-# %% ../nbs/22_study.ipynb #c050
+# %% ../nbs/22_study.ipynb #c053
 def _resampled(votes: list, methods: list, resamples: int, seed: int) -> np.ndarray:
     "Shares in percent of bootstrap samples, (resamples, methods); samples that hold no vote are left out."
     draw = np.random.default_rng(seed)
@@ -249,14 +278,14 @@ def _resampled(votes: list, methods: list, resamples: int, seed: int) -> np.ndar
     total = weight.sum(1)
     return 100 * (weight @ chosen)[total > 0] / total[total > 0, None]
 
-# %% ../nbs/22_study.ipynb #c051
+# %% ../nbs/22_study.ipynb #c054
 def win_rates(
     votes: list,  # of `read_answers`
     key: dict,  # the study's
     resamples: int = 2000,  # bootstrap samples
     level: float = 0.95,  # of the interval
     seed: int = 0,  # of the bootstrap
-) -> list:  # dicts of track, question, method, wins, votes, participants, scenes, rate, low, high (percent; None without votes)
+) -> list:  # dicts of track, question, method, wins, votes, participants, scenes, rate, low, high (percent; None without votes), level
     "Table 7: each method's share of the votes of its track, with an interval."
     if not 0 < level < 1: raise ValueError(f"level={level}: expected a number between 0 and 1, such as 0.95")
     rows, tails = [], [50 * (1 - level), 50 * (1 + level)]
@@ -267,16 +296,16 @@ def win_rates(
             counted = dict(votes=len(mine), participants=len({v["participant"] for v in mine}), scenes=len({v["scene"] for v in mine}))
             for k, m in enumerate(methods):
                 wins = sum(v["method"] == m for v in mine)
-                rows.append(dict(track=track, question=question, method=m, wins=wins, **counted, rate=100 * wins / len(mine) if mine else None, low=float(low[k]) if mine else None, high=float(high[k]) if mine else None))
+                rows.append(dict(track=track, question=question, method=m, wins=wins, **counted, rate=100 * wins / len(mine) if mine else None, low=float(low[k]) if mine else None, high=float(high[k]) if mine else None, level=level))
     return rows
 
-# %% ../nbs/22_study.ipynb #c057
+# %% ../nbs/22_study.ipynb #c062
 def place_bias(votes: list) -> dict:  # place (0 was shown first) -> share of votes in percent
     "How often the candidate in each place won."
     wins = Counter(v["place"] for v in votes)
     return {place: 100 * wins[place] / len(votes) for place in sorted(wins)}
 
-# %% ../nbs/22_study.ipynb #c060
+# %% ../nbs/22_study.ipynb #c065
 def _cell_text(row: dict, best: bool, bold: tuple) -> str:
     "One cell: rate and interval."
     if row["rate"] is None: return "-"
@@ -293,19 +322,19 @@ def _table(rates: list, key: dict, bold: tuple) -> tuple[list, list]:  # heads (
         lines.append((q["label"], [_cell_text(found[h], found[h]["rate"] == top[h[0]], bold) for h in heads]))
     return heads, lines
 
-# %% ../nbs/22_study.ipynb #c061
+# %% ../nbs/22_study.ipynb #c066
 def rates_markdown(
     rates: list,  # of `win_rates`
     key: dict,  # the study's
 ) -> str:
     "Table 7 as Markdown, with participants, scenes and what the interval is beneath."
     heads, lines = _table(rates, key, ("**", "**"))
-    name = lambda t, m: f"{t}: {m}" if len(key["tracks"]) > 1 else m
+    name = lambda t, m: re.sub(r"([|*_`<\[\]\\])", r"\\\1", f"{t}: {m}" if len(key["tracks"]) > 1 else m)
     rows = ["| win rate, % | " + " | ".join(name(*h) for h in heads) + " |", "| --- |" + " ---: |" * len(heads)] + [f"| {label} | " + " | ".join(cells) + " |" for label, cells in lines]
-    people, scenes = (max(r[k] for r in rates) for k in ("participants", "scenes"))
-    return "\n".join(rows) + f"\n\n{people} participants, {scenes} scenes a track. In brackets the 95 % interval of a bootstrap over participants and scenes. Best of each track in bold."
+    people, scenes, level = (max(r[k] for r in rates) for k in ("participants", "scenes", "level"))
+    return "\n".join(rows) + f"\n\n{people} participants, {scenes} scenes a track. In brackets the {100 * level:g} % interval of a bootstrap over participants and scenes. Best of each track in bold."
 
-# %% ../nbs/22_study.ipynb #c064
+# %% ../nbs/22_study.ipynb #c070
 def rates_latex(
     rates: list,  # of `win_rates`
     key: dict,  # the study's

@@ -138,19 +138,23 @@ def root(tmp_path_factory):
     earlier = {method: Scores(dict(image=f"{i}.png", psnr=20.0 + i + k) for i in range(3)) for k, method in enumerate(("base_line", "FRAMER_U"))}
     for scores in earlier.values(): scores.protocol, scores.versions = "framer", {"pyiqa": "0.0"}
     (root / "reports/earlier").mkdir(parents=True); write_json(root / "reports/earlier/evaluation.json", dict(dataset="Earlier", scores=save_scores(earlier, root / "reports/earlier")))
+    old, new = (Scores(dict(image=f"p{i}.png", psnr=value + i) for i in range(8)) for value in (18.0, 19.0))
+    for scores in (old, new): scores.protocol, scores.versions = "framer", {"pyiqa": "0.1"}
+    (root / "reports/older").mkdir(); write_json(root / "reports/older/evaluation.json", dict(dataset="tiny", scores=save_scores(dict(old=old), root / "reports/older")))
+    (root / "reports/elsewhere").mkdir(); write_json(root / "reports/elsewhere/evaluation.json", dict(dataset="Other", scores=save_scores(dict(new=new), root / "reports/elsewhere")))
     (root / "ours/p3.png").unlink(); whole = (root / "base/p5_x4.png").read_bytes(); (root / "base/p5_x4.png").write_bytes(whole[:len(whole) // 2])
     return root
 
 
 def test_notebook_scores_the_rest_and_shows_the_gaps(root, tmp_path):
-    done = papermill(tmp_path / "out.ipynb", root, "-y", "{results: {base_line: base, FRAMER_U: ours}, pairs: {base_line: FRAMER_U}, metrics: [psnr, ssim, lpips], include: [earlier]}", references="gt", dataset="tiny", run="gaps", worst=1, crop=24, resamples=500)
+    done = papermill(tmp_path / "out.ipynb", root, "-y", "{results: {base_line: base, FRAMER_U: ours}, pairs: {base_line: [FRAMER_U, new], old: base_line}, metrics: [psnr, ssim, lpips], include: [earlier, older, elsewhere]}", references="gt", dataset="tiny", run="gaps", worst=1, crop=24, resamples=500)
     assert done.returncode == 0, done.stderr[-3000:]
     run = root / "reports/gaps"; about, text = json.loads((run / "evaluation.json").read_text()), (run / "table1.md").read_text()
-    assert about["methods"]["FRAMER_U"]["counts"]["psnr"] == 7 and about["methods"]["base_line"]["counts"]["psnr"] == 7 and about["environment"]["hardware"]["cpu"] and about["config"]["pairs"] == {"base_line": "FRAMER_U"}
+    assert about["methods"]["FRAMER_U"]["counts"]["psnr"] == 7 and about["methods"]["base_line"]["counts"]["psnr"] == 7 and about["environment"]["hardware"]["cpu"] and about["config"]["pairs"] == {"base_line": ["FRAMER_U", "new"], "old": "base_line"}
     assert "p3_HR.png: there is no result" in str(about["methods"]["FRAMER_U"]) and "p5_x4.png is cut off" in str(about["methods"]["base_line"])
     assert "mean over 7 of 8 images" in text and "Protocol: framer" in text and "pyiqa" in text and "not available" in text and "| LPIPS ↓ | -<sup>" in text
-    assert "| Earlier | PSNR ↑ | 21.00 | **22.00** (+4.8%) |" in text and "pyiqa 0.0 (base\\_line, FRAMER\\_U)" in text
-    paired = {row["metric"]: row for row in csv.DictReader((run / "significance.csv").open()) if row["testset"] == "tiny"}
+    assert "| 21.00 | **22.00** (+4.8%) |" in text and "pyiqa 0.0 (base\\_line, FRAMER\\_U)" in text
+    paired = {row["metric"]: row for row in csv.DictReader((run / "significance.csv").open()) if row["testset"] == "tiny" and row["method"] == "FRAMER_U"}
     assert paired["psnr"]["n"] == "6" and float(paired["psnr"]["improvement"]) > 3 and paired["psnr"]["wins"] == "6" and paired["lpips"]["n"] == "0"
     assert len(list(csv.DictReader((run / "scores.csv").open()))) == 16
     for name in ("table1.tex", "table1.html", "table1.csv", "figures/base_line-FRAMER_U-scatter-psnr.png", "figures/base_line-FRAMER_U-differences.png", "figures/base_line-FRAMER_U-worst.png", "figures/base_line-FRAMER_U-best.png"): assert (run / name).stat().st_size > 200, name

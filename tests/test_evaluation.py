@@ -236,6 +236,16 @@ def test_sizes_that_differ_are_all_listed_before_anything_is_scored(tmp_path, mo
     assert "2 of 4" in str(caught.value) and "p0x4.png is" not in str(caught.value)
 
 
+def test_a_missing_partner_is_a_gap_and_the_rest_is_scored(tmp_path):
+    "With nothing but the defaults; where no name has a partner the folders are the wrong ones, and that is an error."
+    results, references = folders(tmp_path, 4)
+    (results / "p1x4.png").unlink(); (references / "p2.png").unlink()
+    with pytest.warns(UserWarning, match="2 of 4 images have gaps"): scores = evaluate(results, references, metrics=["psnr"])
+    assert [(row["image"], row["psnr"] is None) for row in scores] == [("p0x4.png", False), ("p1.png", True), ("p2x4.png", True), ("p3x4.png", False)]
+    assert "no result" in scores.problems["p1.png"] and "no reference" in scores.problems["p2x4.png"] and scores.counts == dict(psnr=2) and "2 of 4" in scores.missing["psnr"]
+    with pytest.raises(ValueError, match="without a reference"): evaluate([results / "p0x4.png"], [references / "p1.png"], metrics=["psnr"])
+
+
 def test_everything_wrong_at_once_and_the_rest_is_scored(tmp_path):
     results, references = folders(tmp_path, 8)
     whole = evaluate(results, references, metrics=["psnr", "ssim"])
@@ -260,7 +270,7 @@ def test_everything_wrong_at_once_and_the_rest_is_scored(tmp_path):
 
 
 @pytest.mark.parametrize("call, words", [
-    (lambda f: evaluate(f / "none"), "do not exist"), (lambda f: evaluate(f / "empty"), "holds no images"), (lambda f: evaluate(f), "subfolders hr, sr"), (lambda f: evaluate([]), "list is empty"),
+    (lambda f: evaluate(f / "none"), "does not exist"), (lambda f: evaluate(f / "empty"), "holds no images"), (lambda f: evaluate(f), "subfolders hr, sr"), (lambda f: evaluate([]), "list is empty"),
     (lambda f: evaluate(f / "sr", f / "empty"), "holds no images"), (lambda f: evaluate(f / "sr", f / "hr", "seesr"), "choose one of"), (lambda f: evaluate(f / "sr", f / "hr", metrics=["vif"]), "vif"),
     (lambda f: evaluate(f / "sr", f / "hr", batch_size=0), "batch_size=0"), (lambda f: evaluate(f / "sr", f / "hr", on_error="skip"), "'raise' or 'gap'"),
     (lambda f: evaluate(f / "sr", f / "hr", metrics=["psnr"], out=f / "sr" / "p0x4.png"), "not a record of scores"), (lambda f: evaluate(f / "sr", f / "hr", metrics=["psnr"], out=f / "empty"), "is a folder")])
