@@ -7,7 +7,7 @@ with open('settings.ini', encoding='utf-8') as f: parser.read_file(f)
 cfg = parser['DEFAULT']
 lib = cfg['lib_path']
 extras = {k.removesuffix('_requirements'): v.split() for k, v in cfg.items() if k.endswith('_requirements')}
-extras['dev'] = sorted({r for rs in extras.values() for r in rs})
+extras['dev'] = sorted({r for name, rs in extras.items() if name != 'memory' for r in rs})
 setup(
     keywords=cfg['keywords'].split(),
     packages=find_packages(include=[lib, f'{lib}.*']), include_package_data=False,
