@@ -100,6 +100,7 @@ def do(job, jobs, state, root, threads):
     "One job; True when it left everything that it should."
     began, mark, commit = time.time(), digest(job, jobs, root), environment()['git']
     status, cpu, log = papermill(job, root, threads)
+    if job['kind'] == 'run': mark = digest(job, jobs, root)   # its records are there only now
     missing = [o for o in job['outputs'] if not (root/o).exists()]
     seconds, ok = time.time() - began, status == 0 and not missing
     if (root/job['out']).is_file():
