@@ -6,14 +6,14 @@ Docs: https://framer-sr.github.io/framer/ablation.html.md"""
 
 # %% auto #0
 __all__ = ['ROWS', 'PAPER_METRICS', 'PAPER_WHERE', 'PAPER', 'TABLES', 'COLUMNS', 'STATISTICS_OF', 'TABLE_COLUMNS',
-           'DETAIL_COLUMNS', 'VERDICTS', 'Layout', 'table_rows', 'AblationConfig', 'check_ablation', 'row_config',
-           'plan', 'chosen_rows', 'row_state', 'held_out', 'scored', 'score_test_set', 'band_statistics', 'look',
-           'run_row', 'tidy', 'visible_devices', 'worker_count', 'worker_pool', 'trial', 'finished_seconds', 'estimate',
-           'run_ablation', 'Column', 'middle', 'tenths', 'row_numbers', 'collect', 'same_start', 'seed_values',
-           'spread', 't_test', 'difference', 'differences', 'Entry', 'Sheet', 'scale_of', 'sheet', 'sheet_caption',
-           'sheet_html', 'sheet_markdown', 'sheet_latex', 'tables_csv', 'detail_sheet', 'conclusions',
-           'difference_dots', 'begun_tables', 'write_report', 'Finding', 'together', 'by_difference', 'bands_apart',
-           'late_rise']
+           'DETAIL_COLUMNS', 'VERDICTS', 'PAIRS', 'Layout', 'table_rows', 'AblationConfig', 'check_ablation',
+           'row_config', 'plan', 'chosen_rows', 'row_state', 'held_out', 'scored', 'score_test_set', 'band_statistics',
+           'look', 'run_row', 'tidy', 'visible_devices', 'worker_count', 'worker_pool', 'trial', 'finished_seconds',
+           'estimate', 'run_ablation', 'Column', 'middle', 'tenths', 'row_numbers', 'collect', 'same_start',
+           'seed_values', 'spread', 't_test', 'difference', 'differences', 'Entry', 'Sheet', 'scale_of', 'sheet',
+           'sheet_caption', 'sheet_html', 'sheet_markdown', 'sheet_latex', 'tables_csv', 'detail_sheet', 'conclusions',
+           'difference_dots', 'begun_tables', 'write_report', 'Finding', 'together', 'by_differences', 'bands_apart',
+           'late_rise', 'by_count', 'Evidence', 'pair_title', 'read_evidence', 'saved_rows', 'curves']
 
 # %% ../nbs/25_ablation.ipynb #c003
 import csv
@@ -824,59 +824,131 @@ def write_report(
 # %% ../nbs/25_ablation.ipynb #c185
 VERDICTS = ("holds", "does not hold", "undecided", "not measured yet")
 
-# %% ../nbs/25_ablation.ipynb #c187
 @dataclass
 class Finding:
     "One claim, held against numbers."
     claim: str
     source: str = ""     # where the paper makes it
     criterion: str = ""  # when it holds
-    measured: str = ""   # the numbers
+    measured: list = field(default_factory=list)  # the numbers, in sentences
     scale: str = ""      # of the measurement
     verdict: str = "not measured yet"
 
     def __post_init__(self): _known("verdict", [self.verdict], VERDICTS)
-    def _repr_markdown_(self): return f"**{self.verdict.capitalize()}.** {self.measured}" + (f"\n\nMeasured on: {self.scale}." if self.scale else "")
 
-# %% ../nbs/25_ablation.ipynb #c189
+# %% ../nbs/25_ablation.ipynb #c187
+def _finding_markdown(self: Finding) -> str:
+    "Verdict, criterion, numbers, scale."
+    numbers = "\n".join(f"- {line}" for line in self.measured) or "- nothing yet"
+    return f"**{self.verdict.capitalize()}.**\n\nCounts as holding where {self.criterion}.\n\n{numbers}" + (f"\n\nMeasured on: {self.scale}." if self.scale else "")
+
+Finding._repr_markdown_ = _finding_markdown
+
+# %% ../nbs/25_ablation.ipynb #c191
 def together(
     verdicts: list[str],
 ) -> str:
-    "A claim in parts holds where every part does, and fails where one does."
+    "One verdict of several."
     if not verdicts or "not measured yet" in verdicts: return "not measured yet"
     return "does not hold" if "does not hold" in verdicts else "holds" if set(verdicts) == {"holds"} else "undecided"
 
-# %% ../nbs/25_ablation.ipynb #c191
-def by_difference(
-    found: dict,  # of `collect`
-    row: str, reference: str, column: str,
-    expected: int = 1,  # the row is better (+1) or worse (-1) than the reference
-) -> tuple[str, str]:  # verdict, and the numbers
-    "Is one row better than another by more than chance? A paired t-test over seeds, p < 0.05."
-    d = difference(found, row, reference, column)
-    if not d["n"]: return "not measured yet", f"{row} against {reference}: no seed has both"
-    way = math.copysign(1, d["mean"] * (COLUMNS[column].better or 1) * expected) if d["mean"] else 0
-    chance = d["p"] is None or d["p"] >= 0.05
-    said = f"{COLUMNS[column].title} of {row} minus {reference}: {d['mean']:+.{COLUMNS[column].decimals + 1}f}" + (f" \u00b1 {d['std']:.{COLUMNS[column].decimals + 1}f}" if d["std"] is not None else "") + f" over {d['n']} seeds" + (f", p = {d['p']:.2g}" if d["p"] is not None else f" ({d['note']})")
-    return "undecided" if chance else "holds" if way > 0 else "does not hold", said
-
 # %% ../nbs/25_ablation.ipynb #c195
+def _said(d: dict, row: str, reference: str, column: str, p) -> str:
+    "One comparison in words."
+    c = COLUMNS[column]
+    spread_of = f" \u00b1 {d['std']:.{c.decimals + 1}f}" if d["std"] is not None else ""
+    return f"{c.title} of {row} minus {reference}: {d['mean']:+.{c.decimals + 1}f}{spread_of} over {d['n']} seed{'s' if d['n'] > 1 else ''}, " + (f"p = {p:.2g}" if p is not None else d["note"])
+
+def by_differences(
+    found: dict | None,  # of `collect`; None is not measured
+    comparisons: list,  # (row, reference, column): the row is claimed to be better
+) -> tuple[str, list]:  # verdict, and the numbers
+    "Are rows better than others by more than chance, at p < 0.05?"
+    made = [difference(found, *c) for c in comparisons] if found else []
+    verdicts, lines = [], []
+    for (row, reference, column), d, p in zip(comparisons, made, holm([d["p"] for d in made])):
+        way = (COLUMNS[column].better or 1) * (d["mean"] or 0)
+        verdicts.append("not measured yet" if not d["n"] else "undecided" if p is None or p >= 0.05 else "holds" if way > 0 else "does not hold")
+        lines.append(_said(d, row, reference, column, p) if d["n"] else f"{COLUMNS[column].title} of {row} against {reference}: no seed has both")
+    return together(verdicts), lines
+
+# %% ../nbs/25_ablation.ipynb #c199
 def _mean_between(curve: tuple, low: float, high: float) -> float:
     "Mean of a curve (depths, values) over some depths."
     found = [v for d, v in zip(*curve) if low <= d <= high]
     return sum(found) / len(found) if found else float("nan")
 
-# %% ../nbs/25_ablation.ipynb #c197
 def bands_apart(
     rows: list[dict], timestep: int,  # metrics.json's `similarity`
 ) -> float:
     "Mean LF minus mean HF similarity over the first half of the depth."
     return _mean_between(layer_curve(rows, timestep, "lf"), 0, 0.5) - _mean_between(layer_curve(rows, timestep, "hf"), 0, 0.5)
 
-# %% ../nbs/25_ablation.ipynb #c199
 def late_rise(
     rows: list[dict], timestep: int, band: str = "hf",
 ) -> float:
     "Mean similarity over the last third of the depth minus that over the first."
     curve = layer_curve(rows, timestep, band)
     return _mean_between(curve, 2 / 3, 1) - _mean_between(curve, 0, 1 / 3)
+
+# %% ../nbs/25_ablation.ipynb #c203
+def by_count(
+    agree: list[bool],
+) -> str:
+    "One verdict of several yes and no."
+    return "not measured yet" if not agree else "holds" if all(agree) else "undecided" if any(agree) else "does not hold"
+
+# %% ../nbs/25_ablation.ipynb #c207
+PAIRS = tuple((f"{place}/{backbone}-baseline", f"{place}/{backbone}-framer") for place in ("examples", "gallery") for backbone in ("sd2", "sd3"))
+
+@dataclass
+class Evidence:
+    "Files that were read."
+    ablation: dict | None = None  # of `collect`
+    pairs: dict = field(default_factory=dict)  # title -> (baseline's metrics.json, FRAMER's)
+    absent: list = field(default_factory=list)  # paths that are not there
+
+# %% ../nbs/25_ablation.ipynb #c208
+def _read_json(path: Path) -> dict:
+    "A JSON file. `ValueError` naming it where it is broken."
+    try: return json.loads(path.read_text())
+    except ValueError as error: raise ValueError(f"{path} is not JSON ({error}): make it again, or remove it") from error
+
+def pair_title(run: str) -> str:
+    "A run's backbone and scale, in words, from its config.json."
+    c = _read_json(run_path(run) / "config.json")["config"]
+    return f"{ {'sd2': 'U-Net', 'sd3': 'DiT'}[c['backbone']]}, {c['steps']} steps of {c['batch_size']} crops of {c['size']} px"
+
+# %% ../nbs/25_ablation.ipynb #c210
+def read_evidence(
+    ablation: str = "ablation",  # folder below reports/
+    pairs=PAIRS,  # (baseline, FRAMER): names of runs
+) -> Evidence:
+    "Everything that the claims are held against."
+    found, file = Evidence(), run_path(ablation) / "ablation.json"
+    if file.is_file(): found.ablation = _read_json(file)
+    else: found.absent.append(f"{ablation}/ablation.json")
+    for both in pairs:
+        files = [run_path(run) / "metrics.json" for run in both]
+        lost = [f"{run}/metrics.json" for run, path in zip(both, files) if not path.is_file() or not (path.parent / "config.json").is_file()]
+        found.absent += lost
+        if not lost:
+            title = pair_title(both[0])
+            found.pairs[title if title not in found.pairs else f"{title} ({both[0].split('/')[0]})"] = tuple(map(_read_json, files))
+    return found
+
+# %% ../nbs/25_ablation.ipynb #c213
+def saved_rows(
+    name: str,  # of a table in reports/figures
+) -> list[dict]:  # its rows; empty where it was not made
+    "Rows of a table that `figures.save_table` wrote."
+    path = run_path("figures") / f"{name}.json"
+    return _read_json(path)["rows"] if path.is_file() else []
+
+# %% ../nbs/25_ablation.ipynb #c216
+def curves(
+    evidence: Evidence,
+    side: int = 0,  # 0: baselines, 1: FRAMER
+) -> list[tuple]:  # (title, timestep, rows of `similarity`)
+    "Every similarity curve that was recorded."
+    return [(title, t, both[side]["similarity"]) for title, both in evidence.pairs.items() for t in sorted({r["timestep"] for r in both[side]["similarity"]})]
