@@ -7,7 +7,7 @@ Docs: https://framer-sr.github.io/framer/dit4sr.html.md"""
 # %% auto #0
 __all__ = ['image_projections', 'text_projections', 'ControlAttnProcessor', 'add_control', 'ControlFeedForward', 'DiT4SRBlock',
            'DiT4SRTransformer2DModel', 'token_grid', 'control_parameters', 'sd35_medium_config', 'count_parameters',
-           'convert_published', 'trained_with_key_bug', 'NullText', 'shifted', 'DiT4SR', 'half_frozen', 'tiny_dit4sr']
+           'convert_published', 'trained_with_key_bug', 'shifted', 'DiT4SR', 'half_frozen', 'tiny_dit4sr']
 
 # %% ../nbs/12a_dit4sr.ipynb #c005
 import copy
@@ -19,7 +19,7 @@ import shutil
 from pathlib import Path
 import torch
 import torch.nn.functional as F
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, ModelMixin, SD3Transformer2DModel  # a pipeline that reads this class looks for ModelMixin here
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import FeedForward, JointTransformerBlock
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from .autoencoder import decode, encode, load_autoencoder
 from .objectives import FlowMatching
+from .scales import FULL, NullText
 from .sd2 import enlarged_latents
 from .sd3 import tiny_mmdit_config, zero_gates
 
@@ -224,8 +225,7 @@ def control_parameters(
 # %% ../nbs/12a_dit4sr.ipynb #c046
 def sd35_medium_config() -> dict:
     "Arguments of `SD3Transformer2DModel` for Stable Diffusion 3.5-medium."
-    return dict(sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64, num_attention_heads=24, joint_attention_dim=4096,
-                caption_projection_dim=1536, pooled_projection_dim=2048, pos_embed_max_size=384, qk_norm="rms_norm", dual_attention_layers=tuple(range(13)))
+    return dict(FULL["sd3"]["transformer"])
 
 # %% ../nbs/12a_dit4sr.ipynb #c048
 def count_parameters(
@@ -326,16 +326,6 @@ def _from_published(cls, folder: str | Path, legacy: bool | None = None, **optio
 DiT4SRTransformer2DModel.from_published = classmethod(_from_published)
 
 # %% ../nbs/12a_dit4sr.ipynb #c073
-class NullText:
-    "In place of text encoders: one zero token and a zero pooled vector, whatever the caption."
-    def __init__(self, joint_attention_dim: int, pooled_projection_dim: int):  # widths, as in the model's configuration
-        self.widths = joint_attention_dim, pooled_projection_dim
-
-    def __call__(self, captions: list[str]) -> dict[str, Tensor]:
-        n, (joint, pooled) = len(captions), self.widths
-        return dict(encoder_hidden_states=torch.zeros(n, 1, joint), pooled_projections=torch.zeros(n, pooled))
-
-# %% ../nbs/12a_dit4sr.ipynb #c075
 def shifted(
     timesteps: Tensor,  # 0 (clean) to 1000 (noise)
     shift: float,  # above 1 moves towards noise
@@ -343,7 +333,7 @@ def shifted(
     "Timesteps of a shifted schedule (SD 3, Sec. 5.3.2)."
     return shift * timesteps / (1 + (shift - 1) * timesteps / 1000)
 
-# %% ../nbs/12a_dit4sr.ipynb #c078
+# %% ../nbs/12a_dit4sr.ipynb #c076
 def _unwrapped(model): return getattr(m := getattr(model, "_orig_mod", model), "module", m)  # out of torch.compile and DistributedDataParallel
 
 class DiT4SR:
@@ -374,7 +364,7 @@ class DiT4SR:
         if hasattr(self.text, "to"): self.text.to(device)
         return self
 
-# %% ../nbs/12a_dit4sr.ipynb #c080
+# %% ../nbs/12a_dit4sr.ipynb #c078
 def _stages(self) -> list[tuple[int, str]]: return [(0, self.trainable)]  # (first step, name)
 def _stage_at(self, step: int) -> str: return self.stages[0][1]
 
@@ -389,14 +379,14 @@ def _trainable_parameters(self) -> list[nn.Parameter]: return [p for p in self.m
 
 DiT4SR.stages, DiT4SR.stage_at, DiT4SR.enter, DiT4SR.trainable_parameters = property(_stages), _stage_at, _enter, _trainable_parameters
 
-# %% ../nbs/12a_dit4sr.ipynb #c082
+# %% ../nbs/12a_dit4sr.ipynb #c080
 def _captions(caption, batch: int) -> list[str]:
     "One caption per picture: a list of them, one for all, or None for none. `ValueError` if their number is another."
     captions = [caption or ""] * batch if caption is None or isinstance(caption, str) else list(caption)
     if len(captions) != batch: raise ValueError(f"{len(captions)} captions for {batch} pictures: expected one each")
     return captions
 
-# %% ../nbs/12a_dit4sr.ipynb #c084
+# %% ../nbs/12a_dit4sr.ipynb #c082
 def _embed(self, caption, batch: int, device) -> dict[str, Tensor]:
     "Text embeddings of `batch` captions, or embeddings already (a dict). `ValueError` if their number is another."
     found = caption if isinstance(caption, dict) else self.text(_captions(caption, batch))
@@ -406,7 +396,7 @@ def _embed(self, caption, batch: int, device) -> dict[str, Tensor]:
 
 DiT4SR.embed = torch.no_grad()(_embed)
 
-# %% ../nbs/12a_dit4sr.ipynb #c086
+# %% ../nbs/12a_dit4sr.ipynb #c084
 @torch.no_grad()
 def _condition(self, lr: Tensor, hr_size: tuple[int, int], caption=None) -> dict[str, Tensor]:
     "What `predict` needs beside latents and timesteps, for LR pictures (B, 3, h, w) in [0, 1]: `lr_latents`, `encoder_hidden_states`, `pooled_projections`."
@@ -416,7 +406,7 @@ DiT4SR.condition = _condition
 DiT4SR.encode = torch.no_grad()(lambda self, images, generator=None: encode(self.vae, images, generator))  # (B, 3, H, W) in [-1, 1] -> (B, 16, H/8, W/8)
 DiT4SR.decode = torch.no_grad()(lambda self, latents: decode(self.vae, latents))  # the inverse
 
-# %% ../nbs/12a_dit4sr.ipynb #c088
+# %% ../nbs/12a_dit4sr.ipynb #c086
 def _predict(self, noisy_latents: Tensor, timesteps: Tensor, condition: dict, control_scale: float | None = None) -> Tensor:
     "Predicted velocity noise - latents (B, 16, h, w), in the precision of `noisy_latents`. `control_scale=None` takes the model's."
     dtype = next(self.model.parameters()).dtype
@@ -425,7 +415,7 @@ def _predict(self, noisy_latents: Tensor, timesteps: Tensor, condition: dict, co
 
 DiT4SR.predict = _predict
 
-# %% ../nbs/12a_dit4sr.ipynb #c090
+# %% ../nbs/12a_dit4sr.ipynb #c088
 def _without_some(self, caption, drop: Tensor, device) -> dict[str, Tensor]:
     "Embeddings of the captions, of \"\" where `drop` (B,) is true. `ValueError` if given embeddings have another length than those of \"\"."
     if not isinstance(caption, dict):
@@ -437,7 +427,7 @@ def _without_some(self, caption, drop: Tensor, device) -> dict[str, Tensor]:
 
 DiT4SR.without_some = _without_some
 
-# %% ../nbs/12a_dit4sr.ipynb #c092
+# %% ../nbs/12a_dit4sr.ipynb #c090
 def _training_loss(self, batch: dict, generator: torch.Generator, device="cpu", step: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
     """Flow matching's loss, and its parts without gradients. `batch` holds `hr` (B, 3, H, W) and `lr` in [0, 1] and `caption`, or what was cached of them:
     `latents`, `lr_latents`, `encoder_hidden_states`, `pooled_projections`. `generator` is on the CPU and draws noise, timesteps and dropped captions."""
@@ -456,7 +446,7 @@ def _training_loss(self, batch: dict, generator: torch.Generator, device="cpu", 
 
 DiT4SR.training_loss = _training_loss
 
-# %% ../nbs/12a_dit4sr.ipynb #c094
+# %% ../nbs/12a_dit4sr.ipynb #c092
 def _guided(self, condition: dict, guidance_scale: float, negative: str, control_scale: float | None):
     "Function (latents, timesteps) -> velocity, with classifier-free guidance when `guidance_scale` > 1."
     if guidance_scale <= 1: return lambda x, t: self.predict(x, t, condition, control_scale)
@@ -470,14 +460,14 @@ def _guided(self, condition: dict, guidance_scale: float, negative: str, control
 
 DiT4SR.guided = _guided
 
-# %% ../nbs/12a_dit4sr.ipynb #c096
+# %% ../nbs/12a_dit4sr.ipynb #c094
 def _starting_noise(noise, shape: tuple, like: Tensor) -> Tensor:
     "Noise of `shape`: as given, drawn from a generator, or drawn anew. `ValueError` for another shape."
     if not isinstance(noise, Tensor): noise = torch.randn(shape, generator=noise, device=getattr(noise, "device", "cpu"))
     if noise.shape != shape: raise ValueError(f"noise has shape {tuple(noise.shape)}; this picture needs {tuple(shape)}")
     return noise.to(like.device)
 
-# %% ../nbs/12a_dit4sr.ipynb #c098
+# %% ../nbs/12a_dit4sr.ipynb #c096
 @torch.no_grad()
 def _restore(self, lr: Tensor, noise: Tensor | torch.Generator | None = None, steps: int = 40, strength: float = 1.0, guidance_scale: float = 1.0,
              caption=None, negative: str = "", control_scale: float = 1.2) -> Tensor:
@@ -493,7 +483,7 @@ def _restore(self, lr: Tensor, noise: Tensor | torch.Generator | None = None, st
 
 DiT4SR.restore = _restore
 
-# %% ../nbs/12a_dit4sr.ipynb #c100
+# %% ../nbs/12a_dit4sr.ipynb #c098
 def _save_pretrained(self, folder: str | Path):
     "Write model and schedule as diffusers does. FRAMER leaves no trace in them."
     folder = Path(folder).resolve()
@@ -511,7 +501,7 @@ def _save_pretrained(self, folder: str | Path):
 
 DiT4SR.save_pretrained = _save_pretrained
 
-# %% ../nbs/12a_dit4sr.ipynb #c102
+# %% ../nbs/12a_dit4sr.ipynb #c100
 def _load_backbone(cls, folder: str | Path, vae=None, text=None, dtype: torch.dtype | None = None, **options):
     "A backbone from a folder of `save_pretrained`, or from SD 3's transformer. `options` are those of `DiT4SR`; the shift is the saved one."
     model = DiT4SRTransformer2DModel.from_pretrained(folder, **({} if dtype is None else {"torch_dtype": dtype}))
@@ -520,7 +510,7 @@ def _load_backbone(cls, folder: str | Path, vae=None, text=None, dtype: torch.dt
 
 DiT4SR.from_pretrained = classmethod(_load_backbone)
 
-# %% ../nbs/12a_dit4sr.ipynb #c104
+# %% ../nbs/12a_dit4sr.ipynb #c102
 def half_frozen(
     backbone: DiT4SR,
     dtype: torch.dtype = torch.bfloat16,  # of all parameters that do not train
@@ -529,7 +519,7 @@ def half_frozen(
     for p in backbone.model.parameters(): p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
     return backbone
 
-# %% ../nbs/12a_dit4sr.ipynb #c107
+# %% ../nbs/12a_dit4sr.ipynb #c105
 def tiny_dit4sr(
     seed: int = 0,  # of the weights
     why: str = "",  # why this size was chosen

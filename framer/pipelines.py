@@ -15,10 +15,10 @@ import time
 from dataclasses import asdict, fields
 from pathlib import Path
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput, ModelMixin, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput, SD3Transformer2DModel, UNet2DConditionModel
 from PIL import Image
 from tqdm.auto import tqdm
-from . import __version__, dit4sr
+from . import __version__
 from .dit4sr import DiT4SR, DiT4SRTransformer2DModel
 from .objectives import FlowMatching, NoisePrediction
 from .photographs import EXTENSIONS
@@ -109,8 +109,6 @@ class ConcatPipeline(EnlargePipeline):
     def build(self): return SD2Backbone(self.unet, self.vae, text=self.texts("sd2")) if self.unet is not None else SD3Backbone(self.transformer, self.vae, text=self.texts("sd3"))
 
 # %% ../nbs/17a_pipelines.ipynb #c019
-dit4sr.ModelMixin = ModelMixin
-
 class DiT4SRPipeline(EnlargePipeline):
     "DiT4SR: LR tokens beside the noise tokens, flow matching."
     model_cpu_offload_seq, _optional_components = "text_encoder->text_encoder_2->text_encoder_3->transformer->vae", _TEXTS

@@ -6,7 +6,7 @@ Docs: https://framer-sr.github.io/framer/pisasr.html.md"""
 
 # %% auto #0
 __all__ = ['NEGATIVE_PROMPT', 'ADAPTERS', 'PiSAConfig', 'adapter_targets', 'adapter_part', 'add_adapters', 'sd21_unet_config',
-           'count_parameters', 'plain_unet', 'using', 'merged_state', 'NullText', 'WordVectors', 'posterior_latents',
+           'count_parameters', 'plain_unet', 'using', 'merged_state', 'WordVectors', 'posterior_latents',
            'csd_gradient', 'csd_loss', 'SignedLPIPS', 'lpips_vgg', 'DualLoRA', 'PiSASR', 'captions_of', 'adapter_state',
            'read_adapters', 'read_unet', 'subtract_adapters', 'convert_published', 'read_published', 'tiny_pisasr']
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .autoencoder import decode, encode, load_autoencoder
 from .metrics import Scorer
 from .objectives import NoisePrediction
+from .scales import FULL, NullText
 from .sd2 import tiny_unet_config
 
 # %% ../nbs/11a_pisasr.ipynb #c006
@@ -110,9 +111,7 @@ def add_adapters(
 # %% ../nbs/11a_pisasr.ipynb #c021
 def sd21_unet_config() -> dict:
     "Arguments of `UNet2DConditionModel` for Stable Diffusion 2.1-base."
-    return dict(sample_size=64, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, cross_attention_dim=1024,
-                down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-                attention_head_dim=(5, 10, 20, 20), use_linear_projection=True)
+    return dict(FULL["sd2"]["unet"])
 
 # %% ../nbs/11a_pisasr.ipynb #c023
 def count_parameters(
@@ -169,14 +168,6 @@ def merged_state(
     return state
 
 # %% ../nbs/11a_pisasr.ipynb #c036
-class NullText:
-    "One token of zeros, whatever the text."
-    def __init__(self, width: int):  # of the U-Net's cross-attention
-        self.width = width
-
-    def __call__(self, texts: list[str]) -> dict: return dict(encoder_hidden_states=torch.zeros(len(texts), 1, self.width))
-
-# %% ../nbs/11a_pisasr.ipynb #c038
 class WordVectors:
     "Each word a fixed random vector, the sum over a text's words in one token; no words, no vector. A stand-in for a text encoder at tiny size."
     def __init__(self, width: int):  # of the U-Net's cross-attention
@@ -189,7 +180,7 @@ class WordVectors:
         sums = [sum(map(self.word, w), torch.zeros(self.width)) / max(1, len(w)) ** 0.5 for w in words]
         return dict(encoder_hidden_states=torch.stack(sums)[:, None])
 
-# %% ../nbs/11a_pisasr.ipynb #c041
+# %% ../nbs/11a_pisasr.ipynb #c039
 def posterior_latents(
     vae,  # `AutoencoderKL`
     lr: Tensor,  # (B, 3, h, w) in [0, 1]
@@ -203,7 +194,7 @@ def posterior_latents(
     latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise.to(posterior.mean)
     return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
-# %% ../nbs/11a_pisasr.ipynb #c044
+# %% ../nbs/11a_pisasr.ipynb #c042
 def csd_gradient(
     latents: Tensor,  # z_H, (B, C, h, w)
     noisy: Tensor,  # z_t
@@ -217,7 +208,7 @@ def csd_gradient(
     real, fake = clean(negative + guidance_scale * (positive - negative)), clean(negative)
     return (fake - real) / (latents - real).abs().mean((1, 2, 3), keepdim=True).clamp_min(floor)
 
-# %% ../nbs/11a_pisasr.ipynb #c046
+# %% ../nbs/11a_pisasr.ipynb #c044
 def csd_loss(
     latents: Tensor,  # z_H, (B, C, h, w), with gradient
     predict,  # function (noisy, timesteps) -> predicted noise for (negative, positive) prompt
@@ -236,7 +227,7 @@ def csd_loss(
         target = z - csd_gradient(z, noisy, negative, positive, alphas, config.guidance_scale, config.weight_floor)
     return F.mse_loss(z, target)
 
-# %% ../nbs/11a_pisasr.ipynb #c051
+# %% ../nbs/11a_pisasr.ipynb #c049
 class SignedLPIPS(nn.Module):
     "LPIPS of pictures in [-1, 1], one number a picture, with gradients to the pictures."
     def __init__(self, net: nn.Module):  # pyiqa's network
@@ -245,7 +236,7 @@ class SignedLPIPS(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor: return self.net(x, y, normalize=False).flatten()
 
-# %% ../nbs/11a_pisasr.ipynb #c053
+# %% ../nbs/11a_pisasr.ipynb #c051
 def lpips_vgg(
     device="cpu",  # where to compute
     weights=None,  # folder of weights, as in `framer.metrics.Scorer`
@@ -256,7 +247,7 @@ def lpips_vgg(
         raise FileNotFoundError(f"LPIPS, a loss of PiSA-SR's semantic stage: {scorer.missing['lpips']}. Without it: pass perceptual=, a function of two pictures in [-1, 1], or set lpips_weight=0")
     return SignedLPIPS(scorer.metrics["lpips"].net.float().to(device))
 
-# %% ../nbs/11a_pisasr.ipynb #c056
+# %% ../nbs/11a_pisasr.ipynb #c054
 class DualLoRA:
     "A U-Net with a pixel and a semantic adapter. `stages` lists the first step and the name of each."
     def __init__(self,
@@ -287,7 +278,7 @@ class DualLoRA:
         "What the optimiser of the present stage gets, and nothing else."
         return [p for p in self.unet.parameters() if p.requires_grad]
 
-# %% ../nbs/11a_pisasr.ipynb #c058
+# %% ../nbs/11a_pisasr.ipynb #c056
 def _enter(self, stage: str):
     "Begin a stage: active adapters, `requires_grad`, train mode. Make the optimiser anew from `trainable_parameters()`."
     if self.merged: raise RuntimeError("the adapters are merged into the weights, so there is nothing to train: load the folder again with from_pretrained")
@@ -303,13 +294,13 @@ def _enter(self, stage: str):
 
 DualLoRA.enter = _enter
 
-# %% ../nbs/11a_pisasr.ipynb #c062
+# %% ../nbs/11a_pisasr.ipynb #c060
 def _check_channels(model, channels: int):
     "`ValueError` unless the U-Net maps a latent to a latent."
     found = (getattr(getattr(model, "config", None), "in_channels", channels), getattr(getattr(model, "config", None), "out_channels", channels))
     if found != (channels, channels): raise ValueError(f"this U-Net takes {found[0]} channels and gives {found[1]}; PiSA-SR wants {channels} and {channels}, as Stable Diffusion 2.1-base has")
 
-# %% ../nbs/11a_pisasr.ipynb #c064
+# %% ../nbs/11a_pisasr.ipynb #c062
 class PiSASR(DualLoRA):
     "PiSA-SR on a Stable Diffusion 2 U-Net (Sun et al., CVPR 2025): one step, z_H = z_L - eps, two adapters."
     family, recipe, latent_channels, scale_factor, timestep = "sd2", "framer-u", 4, 8, 1
@@ -339,7 +330,7 @@ class PiSASR(DualLoRA):
 
     def decode(self, latents: Tensor) -> Tensor: return decode(self.vae, latents)  # (B, 4, h, w) -> (B, 3, 8h, 8w), with gradient
 
-# %% ../nbs/11a_pisasr.ipynb #c066
+# %% ../nbs/11a_pisasr.ipynb #c064
 def _to(self, device, dtype: torch.dtype | None = None):
     "Move U-Net, autoencoder, perceptual loss and prior, not the text encoder; `dtype` is for the frozen base alone. Returns the backbone."
     if dtype is not None and self.config.trainable == "all" and dtype != torch.float32 and not self.merged:
@@ -351,7 +342,7 @@ def _to(self, device, dtype: torch.dtype | None = None):
 
 PiSASR.to = _to
 
-# %% ../nbs/11a_pisasr.ipynb #c068
+# %% ../nbs/11a_pisasr.ipynb #c066
 def _embed(self, texts: list[str]) -> Tensor:
     "Text embeddings on the model's device; `ValueError` where their width is not the U-Net's."
     with torch.no_grad(): embedded = self.text(texts)["encoder_hidden_states"].to(self.device)
@@ -362,7 +353,7 @@ def _embed(self, texts: list[str]) -> Tensor:
 
 PiSASR.embed = _embed
 
-# %% ../nbs/11a_pisasr.ipynb #c070
+# %% ../nbs/11a_pisasr.ipynb #c068
 def captions_of(
     caption,  # None, a string for all, or a list of strings and None
     batch: int,  # how many are wanted
@@ -372,7 +363,7 @@ def captions_of(
     if len(caption) != batch: raise ValueError(f"{len(caption)} captions for {batch} pictures")
     return [c or "" for c in caption]
 
-# %% ../nbs/11a_pisasr.ipynb #c072
+# %% ../nbs/11a_pisasr.ipynb #c070
 def _condition(self, lr: Tensor, hr_size: tuple[int, int], caption=None, noise: Tensor | None = None) -> dict:
     "`lr_latents` (z_L; its posterior drawn with `noise` where given) and `encoder_hidden_states`. `lr` is (B, 3, h, w) in [0, 1]."
     if lr.ndim != 4 or lr.shape[1] != 3: raise ValueError(f"lr is {tuple(lr.shape)}: expected (B, 3, h, w) in [0, 1]")
@@ -385,7 +376,7 @@ def _predict(self, latents: Tensor, timesteps: Tensor | int, condition: dict) ->
 
 PiSASR.condition, PiSASR.predict = _condition, _predict
 
-# %% ../nbs/11a_pisasr.ipynb #c075
+# %% ../nbs/11a_pisasr.ipynb #c073
 def _frozen_score(self, texts: list[str]):
     "Function (noisy, timesteps) -> predicted noise of the frozen model for (negative prompt, `texts`), in one pass."
     prompts = self.embed([self.config.negative_prompt] * len(texts)), self.embed(texts)
@@ -399,7 +390,7 @@ def _frozen_score(self, texts: list[str]):
 
 PiSASR.frozen_score = _frozen_score
 
-# %% ../nbs/11a_pisasr.ipynb #c077
+# %% ../nbs/11a_pisasr.ipynb #c075
 def _semantic_terms(self, image: Tensor, target: Tensor, latents: Tensor, texts: list[str], generator) -> dict:
     "LPIPS and CSD, each only where its weight is not 0. Two prompts with one embedding leave CSD nothing to compare: its value is 0, without a pass."
     terms = {}
@@ -412,7 +403,7 @@ def _semantic_terms(self, image: Tensor, target: Tensor, latents: Tensor, texts:
 
 PiSASR.semantic_terms = _semantic_terms
 
-# %% ../nbs/11a_pisasr.ipynb #c079
+# %% ../nbs/11a_pisasr.ipynb #c077
 def _one_step(self, batch: dict, generator: torch.Generator, device) -> tuple:
     "Restored latents, their picture in [-1, 1], the target in [-1, 1], and the captions."
     hr, lr = batch["hr"].to(device), batch["lr"].to(device)
@@ -425,7 +416,7 @@ def _one_step(self, batch: dict, generator: torch.Generator, device) -> tuple:
 
 PiSASR.one_step = _one_step
 
-# %% ../nbs/11a_pisasr.ipynb #c081
+# %% ../nbs/11a_pisasr.ipynb #c079
 def _training_loss(self, batch: dict, generator: torch.Generator, device, step: int = 0) -> tuple[Tensor, dict]:
     "Loss of one batch (`hr`, `lr` in [0, 1], `caption`), and its parts, detached, before their weights: l2, lpips, csd. `RuntimeError` in the wrong stage."
     if self.merged: raise RuntimeError("the adapters are merged into the weights, so there is nothing to train: load the folder again with from_pretrained")
@@ -440,7 +431,7 @@ def _training_loss(self, batch: dict, generator: torch.Generator, device, step: 
 
 PiSASR.training_loss = _training_loss
 
-# %% ../nbs/11a_pisasr.ipynb #c085
+# %% ../nbs/11a_pisasr.ipynb #c083
 def _adjusted(self, latents: Tensor, timesteps, condition: dict, lambda_pix: float = 1.0, lambda_sem: float = 1.0) -> Tensor:
     "eps of adjustable inference, in as few passes as it takes. Merged adapters can only be turned together (`ValueError`)."
     for name, value in (("lambda_pix", lambda_pix), ("lambda_sem", lambda_sem)):
@@ -456,13 +447,13 @@ def _adjusted(self, latents: Tensor, timesteps, condition: dict, lambda_pix: flo
 
 PiSASR.adjusted = _adjusted
 
-# %% ../nbs/11a_pisasr.ipynb #c087
+# %% ../nbs/11a_pisasr.ipynb #c085
 def _check_restore(lr: Tensor, steps: int, strength: float):
     if not torch.is_tensor(lr) or lr.ndim != 4 or lr.shape[1] != 3 or 0 in lr.shape: raise ValueError(f"lr is {tuple(getattr(lr, 'shape', ()))}: expected (B, 3, h, w) in [0, 1]")
     if steps != 1: raise ValueError(f"steps={steps}: PiSA-SR takes exactly one step")
     if strength != 1: raise ValueError(f"strength={strength}: PiSA-SR adds no noise, so only 1.0 has a meaning; lambda_pix and lambda_sem set how strong it is")
 
-# %% ../nbs/11a_pisasr.ipynb #c089
+# %% ../nbs/11a_pisasr.ipynb #c087
 @torch.no_grad()
 def _restore(self, lr: Tensor, noise: Tensor | None = None, steps: int = 1, strength: float = 1.0, lambda_pix: float = 1.0, lambda_sem: float = 1.0, caption=None) -> Tensor:
     "Pictures (B, 3, 4h, 4w) in [0, 1] from `lr` (B, 3, h, w) in [0, 1], any size. `noise` is used only with sample_posterior='always', where None draws it."
@@ -478,7 +469,7 @@ def _restore(self, lr: Tensor, noise: Tensor | None = None, steps: int = 1, stre
 
 PiSASR.restore = _restore
 
-# %% ../nbs/11a_pisasr.ipynb #c092
+# %% ../nbs/11a_pisasr.ipynb #c090
 def _merge(self):
     "Add both adapters into the weights, in place, and remove them. What is left is a plain U-Net; training it and unequal lambdas are over."
     if not self.merged:
@@ -488,14 +479,14 @@ def _merge(self):
 
 PiSASR.merge = _merge
 
-# %% ../nbs/11a_pisasr.ipynb #c096
+# %% ../nbs/11a_pisasr.ipynb #c094
 def adapter_state(
     unet: UNet2DConditionModel,  # with adapters
 ) -> dict[str, Tensor]:
     "The adapters' tensors, `<layer>.lora_<A|B>.<adapter>.weight`, float32 on the CPU."
     return {n: p.detach().float().cpu().contiguous().clone() for n, p in unet.named_parameters() if "lora_" in n}
 
-# %% ../nbs/11a_pisasr.ipynb #c098
+# %% ../nbs/11a_pisasr.ipynb #c096
 def _save_adapters(self, path: str | Path):
     "Write both adapters and the settings to a safetensors file."
     if self.merged: raise RuntimeError("the adapters are merged into the weights: there are none to save")
@@ -506,7 +497,7 @@ def _save_adapters(self, path: str | Path):
 
 PiSASR.save_adapters = _save_adapters
 
-# %% ../nbs/11a_pisasr.ipynb #c100
+# %% ../nbs/11a_pisasr.ipynb #c098
 def _take_adapters(unet: nn.Module, state: dict[str, Tensor], source):
     "Copy adapters in; `ValueError` naming what does not fit, with nothing changed."
     own = {n: p for n, p in unet.named_parameters() if "lora_" in n}
@@ -517,7 +508,7 @@ def _take_adapters(unet: nn.Module, state: dict[str, Tensor], source):
     with torch.no_grad():
         for n, p in own.items(): p.copy_(state[n])
 
-# %% ../nbs/11a_pisasr.ipynb #c102
+# %% ../nbs/11a_pisasr.ipynb #c100
 def read_adapters(
     path: str | Path,  # what `save_adapters` or `save_pretrained` wrote
 ) -> tuple[dict[str, Tensor], PiSAConfig]:
@@ -532,7 +523,7 @@ def read_adapters(
     known = {f.name for f in dataclasses.fields(PiSAConfig)}
     return state, PiSAConfig(**{k: v for k, v in json.loads(facts).items() if k in known})
 
-# %% ../nbs/11a_pisasr.ipynb #c104
+# %% ../nbs/11a_pisasr.ipynb #c102
 def _load_adapters(self, path: str | Path):
     "Take both adapters from a file; the settings of this object stay. `ValueError` where rank, alpha or architecture differ."
     if self.merged: raise RuntimeError("the adapters are merged into the weights: load into a fresh PiSASR")
@@ -544,7 +535,7 @@ def _load_adapters(self, path: str | Path):
 
 PiSASR.load_adapters = _load_adapters
 
-# %% ../nbs/11a_pisasr.ipynb #c107
+# %% ../nbs/11a_pisasr.ipynb #c105
 def _save_pretrained(self, folder: str | Path):
     "Write the merged U-Net as diffusers does (a plain U-Net's keys), with the adapters in adapters.safetensors."
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
@@ -559,7 +550,7 @@ def _save_pretrained(self, folder: str | Path):
 
 PiSASR.save_pretrained = _save_pretrained
 
-# %% ../nbs/11a_pisasr.ipynb #c109
+# %% ../nbs/11a_pisasr.ipynb #c107
 def read_unet(
     folder: str | Path,  # what diffusers' or this module's `save_pretrained` wrote
 ) -> UNet2DConditionModel:
@@ -572,7 +563,7 @@ def read_unet(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder} cannot be read ({str(error).splitlines()[0]}): its weights are missing, incomplete or of another shape than config.json says; copy or download it again") from error
 
-# %% ../nbs/11a_pisasr.ipynb #c111
+# %% ../nbs/11a_pisasr.ipynb #c109
 @torch.no_grad()
 def subtract_adapters(
     unet: UNet2DConditionModel,  # its base weights hold the adapters already; changed in place
@@ -582,7 +573,7 @@ def subtract_adapters(
         weight = layer.get_base_layer().weight
         weight.copy_(weight.double() - sum(layer.get_delta_weight(a).double() for a in ADAPTERS))
 
-# %% ../nbs/11a_pisasr.ipynb #c113
+# %% ../nbs/11a_pisasr.ipynb #c111
 def _from_pretrained(cls, folder: str | Path, vae=None, text=None, config: PiSAConfig | None = None, **kw) -> "PiSASR":
     "The adjustable model from a folder that `save_pretrained` wrote, in eval mode with both adapters active. `config` may change the training settings, not rank and alpha."
     folder = Path(folder)
@@ -599,7 +590,7 @@ def _from_pretrained(cls, folder: str | Path, vae=None, text=None, config: PiSAC
 
 PiSASR.from_pretrained = classmethod(_from_pretrained)
 
-# %% ../nbs/11a_pisasr.ipynb #c116
+# %% ../nbs/11a_pisasr.ipynb #c114
 _PUBLISHED = re.compile(r"(.+)\.lora_([AB])\.default_(encoder|decoder|others)_(pix|sem)\.weight")
 
 def convert_published(
@@ -615,7 +606,7 @@ def convert_published(
     name = dict(pix="pixel", sem="semantic")
     return {f"{m[1]}.lora_{m[2]}.{name[m[4]]}.weight": checkpoint["state_dict_unet"][k].detach().float() for k, m in found.items()}, ranks[0]
 
-# %% ../nbs/11a_pisasr.ipynb #c118
+# %% ../nbs/11a_pisasr.ipynb #c116
 def read_published(
     path: str | Path,  # pisa_sr.pkl
 ) -> tuple[dict[str, Tensor], int]:  # as `convert_published`
@@ -628,7 +619,7 @@ def read_published(
     if not isinstance(checkpoint, dict): raise ValueError(f"{path} holds a {type(checkpoint).__name__}, a dictionary was expected")
     return convert_published(checkpoint)
 
-# %% ../nbs/11a_pisasr.ipynb #c120
+# %% ../nbs/11a_pisasr.ipynb #c118
 def _load_published(self, path: str | Path):
     "Take the adapters of a `pisa_sr.pkl`. The model must have its rank, and alpha 8."
     state, rank = read_published(path)
@@ -638,7 +629,7 @@ def _load_published(self, path: str | Path):
 
 PiSASR.load_published = _load_published
 
-# %% ../nbs/11a_pisasr.ipynb #c124
+# %% ../nbs/11a_pisasr.ipynb #c122
 def tiny_pisasr(
     seed: int = 0,  # of the weights
     why: str = "",  # why this size was chosen

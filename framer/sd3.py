@@ -7,7 +7,7 @@ Docs: https://framer-sr.github.io/framer/sd3.html.md"""
 # %% auto #0
 __all__ = ['tiny_mmdit_config', 'SD3Backbone', 'zero_gates', 'tiny_sd3']
 
-# %% ../nbs/12_sd3.ipynb #c003
+# %% ../nbs/12_sd3.ipynb #c004
 import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
@@ -15,12 +15,12 @@ from .objectives import FlowMatching
 from .scales import NullText, TINY, new_model
 from .sd2 import ConcatBackbone
 
-# %% ../nbs/12_sd3.ipynb #c005
+# %% ../nbs/12_sd3.ipynb #c006
 def tiny_mmdit_config() -> dict:
     "Arguments of `SD3Transformer2DModel` at tiny size; 16 noisy + 16 LR channels in, 16 out."
     return dict(TINY["sd3"]["transformer"], in_channels=32)
 
-# %% ../nbs/12_sd3.ipynb #c008
+# %% ../nbs/12_sd3.ipynb #c009
 class SD3Backbone(ConcatBackbone):
     "MM-DiT with LR latents concatenated to the noisy latents, flow matching (Algorithm 1)."
     family, part, latent_channels, objective_class = "sd3", "transformer", 16, FlowMatching
@@ -32,7 +32,7 @@ class SD3Backbone(ConcatBackbone):
         x = torch.cat([noisy_latents, condition["lr_latents"]], 1)
         return self.model(x, encoder_hidden_states=condition["encoder_hidden_states"], pooled_projections=condition["pooled_projections"], timestep=timesteps).sample
 
-# %% ../nbs/12_sd3.ipynb #c010
+# %% ../nbs/12_sd3.ipynb #c011
 def zero_gates(
     model: SD3Transformer2DModel,  # changed in place
     scale: float = 0.0,  # what the modulation weights are multiplied by
@@ -42,7 +42,7 @@ def zero_gates(
     with torch.no_grad():
         for linear in linears: linear.weight.mul_(scale); linear.bias.zero_()
 
-# %% ../nbs/12_sd3.ipynb #c011
+# %% ../nbs/12_sd3.ipynb #c012
 def tiny_sd3(
     seed: int = 0,  # of the weights
     why: str = "",  # why this size was chosen

@@ -453,7 +453,7 @@ def walks(parts: Parts) -> dict:
     "Ways to sample held-out pictures: title of the row -> `strength`. PiSA-SR has one, its step from the LR picture."
     return {"one step": 1.0} if parts.backbone.recipe == "framer-u" else {"from noise": 1.0, "from LR, half-way": 0.5}
 
-# %% ../nbs/16_training.ipynb #c084
+# %% ../nbs/16_training.ipynb #c085
 def validate(
     parts: Parts,
     run: RunFolder,
@@ -471,7 +471,7 @@ def validate(
     scores = [mean_scores(v, hr) for v in made.values()]
     return scores[0], scores[1] if len(scores) > 1 else {}
 
-# %% ../nbs/16_training.ipynb #c086
+# %% ../nbs/16_training.ipynb #c087
 class averaged_weights:
     "Within this context the model has its averaged weights and is in evaluation mode."
     def __init__(self, parts: Parts): self.parts = parts
@@ -485,7 +485,7 @@ class averaged_weights:
         if self.parts.ema: self.parts.ema.restore(self.parts.trained_parameters)
         self.parts.backbone.model = self.parts.model.train()
 
-# %% ../nbs/16_training.ipynb #c088
+# %% ../nbs/16_training.ipynb #c089
 def checkpoint_bytes(
     parts: Parts,
     keep: int,  # checkpoints kept
@@ -496,10 +496,10 @@ def checkpoint_bytes(
     saved = sum(p.numel() * p.element_size() for p in parts.plain_model.parameters()) if parts.base else 0
     return (keep + 1) * (4 * model + 3 * heads) + saved + 50_000_000
 
-# %% ../nbs/16_training.ipynb #c089
+# %% ../nbs/16_training.ipynb #c090
 MAY_CHANGE = ("steps", "num_workers", "keep_checkpoints", "checkpoint_every", "validate_every", "tensorboard", "download", "offload_text", "cache_text")  # of no influence on the weights
 
-# %% ../nbs/16_training.ipynb #c091
+# %% ../nbs/16_training.ipynb #c093
 def what_bits_depend_on(
     dataset,  # of training
     parts: Parts,
@@ -508,11 +508,12 @@ def what_bits_depend_on(
     accelerator = parts.accelerator
     return dict(processes=accelerator.num_processes, device=accelerator.device.type, recipe=parts.backbone.recipe, base=parts.base, photographs=len(dataset), digest=dataset.digest())
 
-# %% ../nbs/16_training.ipynb #c094
+# %% ../nbs/16_training.ipynb #c096
 class Log:
     "The files a run writes as it goes: history.csv, layers.csv, validation.csv, TensorBoard. Cut back to the checkpoint on resuming."
     def __init__(self, run: RunFolder, parts: Parts):
         self.run, self.accelerator, self.history, self.recent = run, parts.accelerator, run.history, read_history(run.history_file)
+        self.validated = (-1,)  # step and scores of the latest validation
         for name in ("layers", "validation"):
             truncate_history(run.path / f"{name}.csv", run.start_step if run.resumed else None)
             setattr(self, name, History(run.path / f"{name}.csv"))
@@ -526,7 +527,7 @@ class Log:
         self.layers.close(); self.validation.close()
         for tracker in self.accelerator.trackers: tracker.finish()
 
-# %% ../nbs/16_training.ipynb #c095
+# %% ../nbs/16_training.ipynb #c097
 def go_on(
     parts: Parts,
     run: RunFolder,
@@ -538,14 +539,15 @@ def go_on(
     restore_parts(parts, checkpoint, config)
     return checkpoint.step
 
-# %% ../nbs/16_training.ipynb #c098
+# %% ../nbs/16_training.ipynb #c100
 def record_validation(parts: Parts, run: RunFolder, files: Log, pairs, config: TrainConfig, step: int):
     "Validate and write the means to validation.csv."
-    scores, near = validate(parts, run, pairs, config, step)
+    files.validated = step, *(found := validate(parts, run, pairs, config, step))
+    scores, near = found
     means = lambda s, suffix: {k + suffix: v for k, v in s.items() if isinstance(v, float)}
     files.validation.append(dict(step=step, **means(scores, ""), **means(near, "_from_lr")))
 
-# %% ../nbs/16_training.ipynb #c100
+# %% ../nbs/16_training.ipynb #c102
 def after_step(parts: Parts, run: RunFolder, files: Log, pairs, config: TrainConfig, row: dict, progress, on_log):
     "Write what is due after a step."
     step, last = row["step"], row["step"] == config.steps
@@ -557,7 +559,7 @@ def after_step(parts: Parts, run: RunFolder, files: Log, pairs, config: TrainCon
     if last or due(config.validate_every): record_validation(parts, run, files, pairs, config, step)
     if last or due(config.checkpoint_every): run.save_checkpoint(step, *capture(parts), keep=config.keep_checkpoints)
 
-# %% ../nbs/16_training.ipynb #c102
+# %% ../nbs/16_training.ipynb #c104
 def quarters(
     images: Tensor,  # (N, C, 2h, 2w)
 ) -> Tensor:  # (4N, C, h, w), the four quarters of an image one after another
@@ -565,11 +567,11 @@ def quarters(
     n, c, h, w = images.shape
     return images.reshape(n, c, 2, h // 2, 2, w // 2).permute(0, 2, 4, 1, 3, 5).reshape(4 * n, c, h // 2, w // 2)
 
-# %% ../nbs/16_training.ipynb #c104
+# %% ../nbs/16_training.ipynb #c106
 def finish(parts: Parts, run: RunFolder, files: Log, pairs, config: TrainConfig, log=print):
     "The end of a run: figures, layer similarities, metrics.json, and the model as diffusers saves it."
     hr, lr = (p.to(parts.accelerator.device) for p in pairs)
-    scores, near = validate(parts, run, pairs, config, config.steps)
+    scores, near = files.validated[1:] if files.validated[0] == config.steps else validate(parts, run, pairs, config, config.steps)
     with averaged_weights(parts):
         with torch.no_grad(), autocast(parts):
             similarity = layer_similarity(parts.backbone, quarters(hr), quarters(lr), timesteps=(1,) if parts.backbone.recipe == "framer-u" else (300, 700), seed=config.seed)
@@ -584,7 +586,7 @@ def finish(parts: Parts, run: RunFolder, files: Log, pairs, config: TrainConfig,
     if parts.framer: save_figure(run, layer_figure(read_layers(run.path / "layers.csv"), config.run), "layers")
     log(f"finished: {run.path}")
 
-# %% ../nbs/16_training.ipynb #c106
+# %% ../nbs/16_training.ipynb #c108
 def ends(
     history: list[dict],  # rows of history.csv
     key: str,  # a column
@@ -595,7 +597,7 @@ def ends(
     n = max(1, round(len(values) * share))
     return dict(first=sum(values[:n]) / n, last=sum(values[-n:]) / n) if values else None
 
-# %% ../nbs/16_training.ipynb #c109
+# %% ../nbs/16_training.ipynb #c111
 def train(
     config: TrainConfig,
     on_log=None,  # called with all rows of history.csv so far, every `log_layers_every` steps

@@ -64,6 +64,14 @@ def test_missing_shards_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=shards[-1].name): load_backbone("sd2", weights=str(tmp_path))
 
 
+def test_a_file_in_place_of_a_folder_and_a_torn_config(tmp_path):
+    file = tmp_path / "model.ckpt"; file.write_text("weights")
+    with pytest.raises(FileNotFoundError, match="found a file"): load_backbone("sd2", weights=str(file))
+    model = new_model("sd2", "unet", "tiny"); model.save_pretrained(tmp_path / "unet")
+    (tmp_path / "unet" / "config.json").write_text('{"in_chann')
+    with pytest.raises(ValueError, match="config.json is not JSON.*fetch it again"): load_backbone("sd2", weights=str(tmp_path))
+
+
 @pytest.mark.parametrize("given, words", [
     (dict(name="sd2", scale="full"), "scale='full'.*Manojb/stable-diffusion-2-1-base"),
     (dict(name="sd3", scale="full"), "stabilityai/stable-diffusion-3.5-medium"),
