@@ -1,7 +1,7 @@
 """Every figure and table of the paper at tiny scale: `python docs/reports.py` from the project root.
 
 docs/reports.json lists the jobs: a name, a notebook, its parameters, the jobs it needs, the files it leaves. A training run is done when it finished with these parameters; any other
-job is done when its files are there and neither its notebook nor its parameters nor a job it needs has changed since. So a second call does what is missing, and a call that was
+job is done when its files are there and neither its notebook nor its parameters nor the library nor a job it needs has changed since. So a second call does what is missing, and a call that was
 interrupted goes on. At the end reports/index.html links every figure to its notebook and its runs."""
 import argparse, hashlib, json, os, shutil, subprocess, sys, threading, time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -36,12 +36,12 @@ def read_jobs(path):
     return jobs
 
 def digest(job, jobs, root):
-    "What a job's result depends on: of a run its records; else the notebook's cells, the parameters, and the same of what it needs."
+    "What a job's result depends on: of a run its records; else the notebook's cells, the parameters, the library, and the same of what it needs."
     path = root/(job['notebook'] if job['kind'] != 'run' else job['outputs'][0])
     if not path.is_file(): return ''
     if job['kind'] == 'run': return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     cells = [''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code']
-    return hashlib.sha256(json.dumps([cells, job['parameters'], [digest(jobs[n], jobs, root) for n in job['needs']]], sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([cells, job['parameters'], library(root), [digest(jobs[n], jobs, root) for n in job['needs']]], sort_keys=True).encode()).hexdigest()[:16]
 
 class State:
     "reports/gallery/jobs.json: what was done, when, and how long it took. Written whole after every job."
@@ -52,6 +52,10 @@ class State:
         with self.lock:
             self.rows[name] = row
             self.path.parent.mkdir(parents=True, exist_ok=True); write_json(self.path, self.rows)
+
+def library(root):
+    "A digest of the package's modules."
+    return hashlib.sha256(b''.join(p.read_bytes() for p in sorted((root/'framer').glob('*.py')))).hexdigest()[:16]
 
 def finished(job, root):
     "Did this run reach its last step with these parameters?"
@@ -202,7 +206,7 @@ def main(argv=None):
     ap.add_argument('--only', nargs='+', default=[], metavar='NAME', help='these jobs and what they need')
     ap.add_argument('--jobs', type=int, default=max(1, min(4, os.cpu_count() or 1)), help='how many at a time (default: a job a core, 4 at most)')
     ap.add_argument('--threads', type=int, default=1, help='threads of a job (runs are resumed only with the number they began with)')
-    ap.add_argument('--force', action='store_true', help='do them again; folders of runs are renamed, not removed')
+    ap.add_argument('--force', action='store_true', help='do all of them again, or with --only the named ones; folders of runs are renamed, not removed')
     ap.add_argument('--list', action='store_true', help='say what there is to do, and do nothing')
     ap.add_argument('--index', action='store_true', help='only write reports/index.html anew')
     ap.add_argument('--file', default=str(Path(__file__).with_suffix('.json')), help='the list of jobs')
@@ -221,9 +225,9 @@ def main(argv=None):
     except RunLocked as e: sys.exit(f'{e}')
     state, began = State(root), time.time()
     try:
-        todo = [n for n in names if args.force or not is_done(jobs[n], jobs, state, root)]
-        if args.force:
-            for n in todo: move_aside(jobs[n], root)
+        forced = (args.only or names) if args.force else []
+        for n in forced: move_aside(jobs[n], root)
+        todo = [n for n in names if n in forced or not is_done(jobs[n], jobs, state, root)]
         print(f'{len(todo)} of {len(names)} jobs to do, {args.jobs} at a time', flush=True)
         failed = run_all(todo, jobs, state, root, args.jobs, args.threads)
         page = write_index(jobs, state, root)

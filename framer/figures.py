@@ -560,7 +560,7 @@ def save_figure(
     caption: str,  # what is to be seen
     origin: dict,  # of `provenance`
     formats: tuple = ("png", "svg"),  # "png", "svg", "pdf"
-    themes: tuple = ("light",),  # with a function: the first is <name>.<format>, others <name>-<theme>.<format>
+    themes: tuple = ("light",),  # with a function: the first is <name>.<format>, others <name>-<theme>.<format>, in the first format alone
     dpi: int = 100,  # of the PNG and of pictures inside vector files
 ) -> Path:  # the JSON file
     "Write a figure, and beside it what it shows and where it comes from. `ValueError` for an unknown format."
@@ -570,7 +570,7 @@ def save_figure(
     caption, files = full_caption(caption, origin), []
     for k, theme in enumerate(themes):
         with style(theme): drawn = figure() if callable(figure) else figure
-        for kind in formats:
+        for kind in formats[: 1 if k else None]:
             files.append(f"{name}{f'-{theme}' if k else ''}.{kind}")
             with style(theme): _write(folder / files[-1], drawn, caption, dpi)
     write_json(folder / f"{name}.json", dict(name=name, caption=caption, files=files, **origin))
