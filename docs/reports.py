@@ -84,6 +84,11 @@ def move_aside(job, root):
     k = next(k for k in range(1, 10**6) if not folder.with_name(f'{folder.name}.old-{k}').exists())
     folder.rename(folder.with_name(f'{folder.name}.old-{k}'))
 
+def records_only(job, root):
+    "A run's folder without a checkpoint, as a fresh clone has it: there is nothing to go on from."
+    folder = root/'reports'/job['name']
+    return job['kind'] == 'run' and (folder/'config.json').is_file() and not any((folder/'checkpoints').glob('step-*'))
+
 CHILDREN = set()
 
 def papermill(job, root, threads):
@@ -102,6 +107,7 @@ def papermill(job, root, threads):
 
 def do(job, jobs, state, root, threads):
     "One job; True when it left everything that it should."
+    if records_only(job, root): move_aside(job, root)
     began, mark, commit = time.time(), digest(job, jobs, root), environment()['git']
     status, cpu, log = papermill(job, root, threads)
     if job['kind'] == 'run': mark = digest(job, jobs, root)   # its records are there only now

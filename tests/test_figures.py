@@ -113,19 +113,28 @@ def papermill(notebook, output, root, **parameters):
     return subprocess.run(command, cwd=output.parent, env=dict(os.environ, FRAMER_ROOT=str(root), OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
 
 
-def test_notebooks_make_figures_of_a_three_step_run(tmp_path):
+def here(notebook, **parameters):
+    "A notebook's cells in this process, which spares a kernel: parameters go where papermill would put them."
+    names = {}
+    for cell in json.loads((ROOT / "nbs" / notebook).read_text())["cells"]:
+        if cell["cell_type"] == "code": exec("".join(cell["source"]), names)
+        if "parameters" in cell["metadata"].get("tags", []): names.update(parameters)
+
+
+def test_notebooks_make_figures_of_a_three_step_run(tmp_path, monkeypatch, capsys):
     "One small run stands for all of them; figures of models, of records, of kept pictures."
     from framer.training import TrainConfig, train
     (tmp_path / "data").symlink_to(ROOT / "data")
-    before = os.environ.get("FRAMER_ROOT"); os.environ["FRAMER_ROOT"] = str(tmp_path)
-    try: train(TrainConfig(run="r", steps=3, size=64, batch_size=2, validation_size=64, sampling_steps=2, num_workers=0, log_layers_every=1, validate_every=1, checkpoint_every=3, tensorboard=False), log=lambda m: None)
-    finally: os.environ.pop("FRAMER_ROOT") if before is None else os.environ.update(FRAMER_ROOT=before)
-    jobs = [("figures.ipynb", dict(runs={"U-Net": ["r", "r"]}, images=2, size=64, layers=1, themes=["light"], formats=["png"])),
-            ("stability.ipynb", dict(runs={"one": "r", "two": "r"}, points=3, train_missing=False, arrows={"two": {2: [[10, 12, "texture"]]}})),
-            ("qualitative.ipynb", dict(runs={"one": "r", "two": "r"}, crop=16, run="q", way="from noise"))]
-    for notebook, parameters in jobs:
-        done = papermill(notebook, tmp_path / notebook, tmp_path, **parameters)
-        assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.setenv("FRAMER_ROOT", str(tmp_path))
+    train(TrainConfig(run="r", steps=3, size=64, batch_size=2, validation_size=64, sampling_steps=2, num_workers=0, log_layers_every=1, validate_every=2, checkpoint_every=3, tensorboard=False), log=lambda m: None)
+    done = papermill("figures.ipynb", tmp_path / "figures.ipynb", tmp_path, runs={"U-Net": ["r", "r"]}, images=2, size=64, layers=1, themes=["light"], formats=["png"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = {"one": "r", "two": "r"}
+    here("stability.ipynb", runs=two, points=2, train_missing=False, arrows={"two": {2: [[10, 12, "texture"]]}})
+    here("qualitative.ipynb", runs=two, crop=16, run="q", way="from noise", wild=1)
+    with pytest.raises(FileNotFoundError, match="is not a finished run"): here("stability.ipynb", train_missing=False)
+    with pytest.raises(TypeError, match="did you mean 'picture'"): here("stability.ipynb", pictur=3)
+    with pytest.raises(ValueError, match="say which scenes"): here("qualitative.ipynb", folders={"a": "b"})
     made = {f["name"]: f for f in read_figures(tmp_path / "reports/figures")}
     assert {"figure-1", "figure-2-u-net", "figure-5-u-net", "figure-6", "figure-7", "figure-8", "figure-9", "figure-10", "figure-11", "table-6"} <= set(made)
     assert made["figure-7"]["runs"][0]["steps"] == 3 and "nothing" not in made["figure-7"]["caption"] and "no benchmark file" in made["figure-6"]["caption"]
@@ -158,6 +167,8 @@ def test_a_run_is_done_when_it_finished_with_these_parameters(tmp_path):
     record = lambda steps, at, framer: ((folder / "config.json").write_text(json.dumps(dict(config=dict(steps=steps, framer=framer, run="r")))), (folder / "metrics.json").write_text(json.dumps(dict(steps=at))))
     assert not done()
     for steps, at, framer, want in ((3, 3, False, True), (3, 2, False, False), (4, 4, False, False), (3, 3, True, False)): record(steps, at, framer); assert done() == want
+    assert reports.records_only(job, tmp_path), "records without a checkpoint, as a fresh clone has them"
+    (folder / "checkpoints/step-000002").mkdir(parents=True); assert not reports.records_only(job, tmp_path), "a run that can go on"
     reports.move_aside(job, tmp_path); assert not folder.exists() and (tmp_path / "reports/r.old-1/metrics.json").exists()
 
 
@@ -170,10 +181,16 @@ def test_jobs_run_once_go_on_and_are_redone_when_they_change(tmp_path, monkeypat
     notebook("good.ipynb", "p = __import__('pathlib').Path(out); p.parent.mkdir(parents=True, exist_ok=True); p.write_text((p.read_text() if p.exists() else '') + word)"); notebook("bad.ipynb", "raise ValueError('broken on purpose')")
     listed = lambda word="x": job_list(tmp_path, dict(name="one", title="One", notebook="good.ipynb", outputs=["reports/one.txt"], parameters=dict(word=word, out="reports/one.txt")), dict(name="bad", title="Bad", notebook="bad.ipynb", outputs=["reports/no.txt"]),
                                       dict(name="after", title="After", notebook="good.ipynb", outputs=["reports/after.txt"], needs=["bad"]))
+    assert reports.main(["--file", str(listed()), "--only", "one"]) == 0 and (tmp_path / "reports/one.txt").read_text() == "x"   # by papermill
+    def quick(job, root, threads):
+        log = root / job["out"]; log = log.with_suffix(".log"); log.parent.mkdir(parents=True, exist_ok=True)
+        try: here(tmp_path / job["notebook"], **job["parameters"]); log.write_text("fine"); return 0, 0.0, log
+        except ValueError as error: log.write_text(str(error)); return 1, 0.0, log
+    monkeypatch.setattr(reports, "papermill", quick); monkeypatch.chdir(tmp_path)
     assert reports.main(["--file", str(listed()), "--jobs", "2"]) == 1
     said = capsys.readouterr().out
     assert (tmp_path / "reports/one.txt").read_text() == "x" and "broken on purpose" in said and "after: left out, it needs bad" in said
     page = (tmp_path / "reports/index.html").read_text()
-    assert "failed" in page and all((tmp_path / "reports" / h).exists() for h in re.findall(r'href="([^"#]+)"', page)) and "http" not in re.sub(r"<code>.*?</code>", "", page)
+    assert (tmp_path / "reports/one/good.html").is_file() and "failed" in page and all((tmp_path / "reports" / h).exists() for h in re.findall(r'href="([^"#]+)"', page)) and "http" not in re.sub(r"<code>.*?</code>", "", page)
     assert reports.main(["--file", str(listed()), "--only", "one"]) == 0 and (tmp_path / "reports/one.txt").read_text() == "x", "done once"
     assert reports.main(["--file", str(listed("y")), "--only", "one"]) == 0 and (tmp_path / "reports/one.txt").read_text() == "xy", "done again, its parameters changed"
