@@ -1,6 +1,7 @@
 # make train   set everything up and train the demo: reports/<run>/ with config, history, metrics, pictures, notebook, HTML
 # make test    run every notebook and every test          make docs   build the site into _docs/
 # make lab     JupyterLab on nbs/                          make clean  remove what was built (runs in reports/ stay)
+# make reports every figure of the paper at tiny scale, and reports/index.html; half an hour on 2 cores
 #
 # Options: RUN=name  BACKBONE=sd2|sd3  ARGS="-p steps 50"  PYTHON=python3.12  JOBS=4
 SHELL := /bin/bash
@@ -16,10 +17,10 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3; do $$p -c '
 PACKAGING := settings.ini setup.py pyproject.toml
 PARAMETERISED := ^(train|upscale|train_autoencoder|compare|prepare|caption|evaluate|user_study|degradation_benchmark|ablate|figures|stability|qualitative)
 
-.PHONY: help train test test-notebooks docs readme lab clean distclean
+.PHONY: help train test test-notebooks reports docs readme lab clean distclean
 
 help:
-	@sed -n 's/^# \?//p' Makefile | head -5
+	@sed -n 's/^# \?//p' Makefile | head -6
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "No Python of 3.10 or newer found. Install one (Debian, Ubuntu: apt-get install python3 python3-venv), or name it: make PYTHON=/path/to/python3"; exit 1; }
@@ -55,6 +56,10 @@ docs: $(VENV)/.dev
 
 readme: $(VENV)/.dev
 	$(BIN)/python docs/readme.py
+
+# docs/reports.json lists the jobs; what is done already is not done again
+reports: $(VENV)/.train
+	OMP_NUM_THREADS=1 $(BIN)/python docs/reports.py --jobs $(JOBS) $(ARGS)
 
 lab: $(VENV)/.train
 	$(BIN)/jupyter lab --notebook-dir nbs

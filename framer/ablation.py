@@ -661,12 +661,12 @@ def sheet_caption(found: dict, layout: Layout, paper: bool) -> str:
     commit = ", ".join(c[:10] for c in at.get("commits", [])) or "unknown"
     machine = "; ".join(f"{(h.get('gpus') or [h.get('cpu')])[0]}" for h in at.get("hardware", [])) or "unknown machine"
     return (f"{layout.title}. Measured: mean \u00b1 standard deviation over seeds; below, the paired difference to {reference}, * where p < 0.05 (paired t-test over seeds, Holm over the rows). Best mean in bold. "
-            f"{scale_of(found)}; commit {commit}; {machine}, {', '.join(map(str, at.get('threads', []))) or '?'} thread(s) a run." + (" The paper's values are of another data set and scale and cannot be set against the measured ones." if paper else ""))
+            f"{scale_of(found)}; commit {commit}; {machine}, torch threads a run: {', '.join(map(str, at.get('threads', []))) or 'unknown'}." + (" The paper's values are of another data set and scale and cannot be set against the measured ones." if paper else ""))
 
 # %% ../nbs/25_ablation.ipynb #c151
 _STYLE = """<style>.framer-ablation{overflow-x:auto}.framer-ablation table{border-collapse:collapse;font-variant-numeric:tabular-nums}.framer-ablation caption{text-align:left;padding:.4em 0;max-width:70em}
 .framer-ablation th,.framer-ablation td{padding:.2em .6em;text-align:right;white-space:nowrap;vertical-align:top}.framer-ablation th[scope=row],.framer-ablation th[scope=rowgroup]{text-align:left;font-weight:normal}
-.framer-ablation thead th{border-bottom:1px solid;text-align:center}.framer-ablation tbody{border-bottom:1px solid}.framer-ablation small{opacity:.75}.framer-ablation .paper{border-left:3px double;font-style:italic}.framer-ablation p{max-width:70em}</style>"""
+.framer-ablation thead th{border-bottom:1px solid;text-align:center}.framer-ablation tbody{border-bottom:1px solid}.framer-ablation small{opacity:.75}.framer-ablation .paper{font-style:italic}.framer-ablation :not(.paper)+.paper{border-left:3px double}.framer-ablation p{max-width:70em}</style>"""
 
 def _html_cell(cell: Entry, notes: dict, first: bool, paper: bool) -> str:
     text = escape(cell.text) if not cell.best else f"<strong>{escape(cell.text)}</strong>"
