@@ -8,12 +8,13 @@ Docs: https://framer-sr.github.io/framer/ablation.html.md"""
 __all__ = ['ROWS', 'PAPER_METRICS', 'PAPER_WHERE', 'PAPER', 'TABLES', 'COLUMNS', 'STATISTICS_OF', 'TABLE_COLUMNS',
            'DETAIL_COLUMNS', 'VERDICTS', 'PAIRS', 'Layout', 'table_rows', 'AblationConfig', 'check_ablation',
            'row_config', 'plan', 'chosen_rows', 'row_state', 'held_out', 'scored', 'score_test_set', 'band_statistics',
-           'look', 'run_row', 'tidy', 'visible_devices', 'worker_count', 'worker_pool', 'trial', 'finished_seconds',
-           'estimate', 'run_ablation', 'Column', 'middle', 'tenths', 'row_numbers', 'collect', 'same_start',
-           'seed_values', 'spread', 't_test', 'difference', 'differences', 'Entry', 'Sheet', 'scale_of', 'sheet',
-           'sheet_caption', 'sheet_html', 'sheet_markdown', 'sheet_latex', 'tables_csv', 'detail_sheet', 'conclusions',
-           'difference_dots', 'begun_tables', 'write_report', 'Finding', 'together', 'by_differences', 'bands_apart',
-           'late_rise', 'by_count', 'Evidence', 'pair_title', 'read_evidence', 'saved_rows', 'curves']
+           'samples_of', 'look', 'run_row', 'tidy', 'visible_devices', 'worker_count', 'worker_pool', 'trial',
+           'finished_seconds', 'estimate', 'run_ablation', 'Column', 'middle', 'tenths', 'row_numbers', 'collect',
+           'same_start', 'seed_values', 'spread', 't_test', 'difference', 'differences', 'Entry', 'Sheet', 'scale_of',
+           'sheet', 'sheet_caption', 'sheet_html', 'sheet_markdown', 'sheet_latex', 'tables_csv', 'detail_sheet',
+           'same_rows', 'conclusions', 'difference_dots', 'begun_tables', 'write_report', 'Finding', 'together',
+           'by_differences', 'bands_apart', 'late_rise', 'by_count', 'Evidence', 'pair_title', 'read_evidence',
+           'saved_rows', 'curves']
 
 # %% ../nbs/25_ablation.ipynb #c003
 import csv
@@ -35,8 +36,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from html import escape
 from pathlib import Path
+import matplotlib.pyplot as plt
 import torch
-from .analysis import cross_similarity, layer_maps, lf_dominance, off_diagonal
+from . import training
+from .analysis import cross_similarity, layer_maps, layer_similarity, lf_dominance, off_diagonal
 from .backbones import read_card, restore
 from .comparison import escape_tex, holm, paired_differences, paired_statistics, sign, write_text
 from .distill import framer_config
@@ -72,7 +75,7 @@ PAPER = {  # table -> line -> values in the order of PAPER_METRICS
     "5": {"Baseline": (21.94, 0.41, 67.67, 0.459), "CL only": (23.04, 0.38, 69.01, 0.533), "FAW only": (22.93, 0.38, 70.50, 0.552), "FAM only": (23.06, 0.37, 69.43, 0.540), "FAW + FAM": (23.23, 0.37, 72.24, 0.564)},
 }
 
-# %% ../nbs/25_ablation.ipynb #c013
+# %% ../nbs/25_ablation.ipynb #c017
 @dataclass(frozen=True)
 class Layout:
     "A table: which rows, in which order, under which headings."
@@ -83,7 +86,7 @@ class Layout:
     heading: str = "Method"  # of the first column
     name: str = ""   # of its files, where it is not in TABLES
 
-# %% ../nbs/25_ablation.ipynb #c015
+# %% ../nbs/25_ablation.ipynb #c019
 _NO, _YES = "\u00d7", "\u2713"  # as the paper marks them
 _BANDS = {"": [("Baseline", "baseline", _NO, _NO), ("A", "low-intra", "IntraCL", _NO), ("B", "low-inter", "InterCL", _NO), ("C", "high-intra", _NO, "IntraCL"), ("D", "high-inter", _NO, "InterCL"),
                ("E", "inter-intra", "InterCL", "IntraCL"), ("F", "inter-inter", "InterCL", "InterCL"), ("G", "intra-intra", "IntraCL", "IntraCL"), ("H (Ours)", "cl-freq", "IntraCL", "InterCL")]}
@@ -96,21 +99,21 @@ TABLES = {
     "5": Layout("FAW and FAM", {"": [("Baseline", "baseline", _NO, _NO), ("CL only", "cl-freq", _NO, _NO), ("FAW only", "faw", _YES, _NO), ("FAM only", "fam", _NO, _YES), ("FAW + FAM", "framer", _YES, _YES)]}, ("FAW", "FAM"), heading="Variant"),
 }
 
-# %% ../nbs/25_ablation.ipynb #c017
+# %% ../nbs/25_ablation.ipynb #c021
 TABLES["readings"] = Layout("Readings of the paper's text, each changed alone in the full method", {
     "": [("Full method", "framer", "radius 0.2, complex spectrum, constant teacher, gradients through FAW, teacher's in-batch negatives")],
     "Where LF ends, fraction of Nyquist": [("0.002", "radius-0.002", "\"0.2 %\" to the letter"), ("0.05", "radius-0.05", ""), ("0.1", "radius-0.1", ""), ("0.5", "radius-0.5", "")],
     "Other readings": [("Magnitude spectrum", "spectrum-magnitude", "bands of |F|"), ("Gradient into the teacher", "target-grad", "no stop-gradient"), ("Constant FAW", "faw-constant", "no gradient through w"),
                        ("Student's negatives", "in-batch-student", "x\u207b from the same layer")]}, ("What it is",), reference="framer", heading="Reading")
 
-# %% ../nbs/25_ablation.ipynb #c019
+# %% ../nbs/25_ablation.ipynb #c023
 def table_rows(
     tables=tuple(TABLES),  # names of tables
 ) -> list[str]:  # names of rows, each once, in order of appearance
     "The rows that some tables need."
     return list(dict.fromkeys(line[1] for table in tables for lines in TABLES[table].lines.values() for line in lines))
 
-# %% ../nbs/25_ablation.ipynb #c023
+# %% ../nbs/25_ablation.ipynb #c027
 @dataclass
 class AblationConfig:
     "Which rows, over which seeds, trained how. `ValueError` on a value that cannot work, before anything runs."
@@ -119,16 +122,16 @@ class AblationConfig:
     rows: list = field(default_factory=list)  # names of rows, where not all of the tables are wanted; [] is all
     seeds: list = field(default_factory=lambda: [0, 1, 2])  # one run a row and seed; all rows of a seed have the same data in the same order
     backbone: str = "sd2"          # "sd2" (U-Net) or "sd3" (MM-DiT, the paper's choice here)
-    steps: int = 40                # optimiser steps a run
-    size: int = 64                 # side of the HR crop in pixels (the paper: 512)
+    steps: int = 30                # optimiser steps a run
+    size: int = 128                # side of the HR crop in pixels (the paper: 512)
     batch_size: int = 4            # images a step
     learning_rate: float = 1.5e-3  # of AdamW
     warmup_steps: int = 10         # linear warm-up
-    validation_size: int = 64      # side of the held-out HR crops in pixels
-    sampling_steps: int = 4        # sampler steps of held-out pictures
+    validation_size: int = 128     # side of the held-out HR crops in pixels
+    sampling_steps: int = 2        # sampler steps of held-out pictures
     options: dict = field(default_factory=dict)         # other fields of TrainConfig, for every row
     framer_options: dict = field(default_factory=dict)  # fields of FramerConfig, for every row; what a row changes comes after
-    metrics: list = field(default_factory=lambda: ["lpips", "dists", "musiq", "maniqa"])  # beside PSNR and SSIM, where their weights are there; "niqe" needs pictures of 192 px
+    metrics: list = field(default_factory=lambda: ["lpips", "musiq", "maniqa"])  # beside PSNR and SSIM, where their weights are there; "niqe" needs pictures of 192 px
     metric_weights: str = ""       # folder of the metrics' weights; "" is where framer.metrics looks
     test_lr: str = ""              # folder of LR pictures: a test set like RealSR, on which every row is scored at its end; "" scores held-out crops
     test_hr: str = ""              # folder of their originals
@@ -140,7 +143,7 @@ class AblationConfig:
 
     def __post_init__(self): check_ablation(self)
 
-# %% ../nbs/25_ablation.ipynb #c025
+# %% ../nbs/25_ablation.ipynb #c029
 def _known(what: str, names, allowed):
     "Raise where one of `names` is not allowed."
     for name in names:
@@ -148,18 +151,18 @@ def _known(what: str, names, allowed):
             near = difflib.get_close_matches(str(name), list(map(str, allowed)), 1)
             raise ValueError(f"{what} has {name!r}: " + (f"did you mean {near[0]!r}? " if near else "") + f"There are {', '.join(map(str, allowed))}")
 
-# %% ../nbs/25_ablation.ipynb #c027
+# %% ../nbs/25_ablation.ipynb #c031
 def _counts(config, **least):
     "Raise where a field is not a whole number from its least value up."
     for name, low in least.items():
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < low: raise ValueError(f"{name}={value!r}: expected a whole number from {low} up")
 
-# %% ../nbs/25_ablation.ipynb #c030
+# %% ../nbs/25_ablation.ipynb #c034
 _OURS = ("backbone", "steps", "size", "batch_size", "learning_rate", "warmup_steps", "validation_size", "sampling_steps")  # given by name
 _ROWS_OWN = ("framer", "framer_options", "run", "resume", "seed")  # set by row and seed
 
-# %% ../nbs/25_ablation.ipynb #c032
+# %% ../nbs/25_ablation.ipynb #c036
 def check_ablation(config: AblationConfig):
     "Raise `ValueError` naming the parameter, its value and what was expected."
     config.tables = [str(t) for t in config.tables]
@@ -177,7 +180,7 @@ def check_ablation(config: AblationConfig):
     if bool(config.test_lr) != bool(config.test_hr): raise ValueError(f"test_lr={config.test_lr!r} and test_hr={config.test_hr!r}: a test set needs both")
     plan(config)
 
-# %% ../nbs/25_ablation.ipynb #c034
+# %% ../nbs/25_ablation.ipynb #c038
 def row_config(
     config: AblationConfig,
     row: str,  # name in ROWS
@@ -189,17 +192,17 @@ def row_config(
                        **{name: getattr(config, name) for name in _OURS}, seed=seed, run=f"{config.run}/{row}-{seed}", framer=options is not None,
                        framer_options={} if options is None else {**config.framer_options, **options})
 
-# %% ../nbs/25_ablation.ipynb #c036
+# %% ../nbs/25_ablation.ipynb #c040
 def plan(config: AblationConfig) -> list[TrainConfig]:
     "Every run, in order."
     return [row_config(config, row, seed) for seed in config.seeds for row in chosen_rows(config)]
 
-# %% ../nbs/25_ablation.ipynb #c038
+# %% ../nbs/25_ablation.ipynb #c042
 def chosen_rows(config: AblationConfig) -> list[str]:
     "Names of the rows: those of the tables, or those of them (or all) that `rows` names."
     return list(dict.fromkeys(config.rows)) or table_rows(config.tables)
 
-# %% ../nbs/25_ablation.ipynb #c042
+# %% ../nbs/25_ablation.ipynb #c046
 _FREE = (*(name for name in MAY_CHANGE if name != "steps"), "run", "pixel_steps")  # of no influence on a row, or filled in by the run itself
 
 def row_state(
@@ -215,7 +218,7 @@ def row_state(
         raise RunError(f"row {run.path.name} was trained with another configuration: {lines}. Give the ablation another name with -p run NAME, or remove {run.path} to train this row anew")
     return "finished" if (run.path / "row.json").is_file() else "begun"
 
-# %% ../nbs/25_ablation.ipynb #c044
+# %% ../nbs/25_ablation.ipynb #c048
 def held_out(config: TrainConfig, backbone) -> tuple:
     "Held-out pictures of a run: restored (Algorithm 2), original and LR, each (N, 3, H, W) in [0, 1]."
     device = next(backbone.model.parameters()).device
@@ -224,18 +227,18 @@ def held_out(config: TrainConfig, backbone) -> tuple:
     with torch.no_grad(), torch.autocast(device.type, half) if half and backbone.recipe != "algorithm-1" else nullcontext():
         return restore(backbone, lr.to(device), starting_noise(backbone, lr, config.seed), config.sampling_steps).float().cpu(), hr, lr
 
-# %% ../nbs/25_ablation.ipynb #c046
+# %% ../nbs/25_ablation.ipynb #c050
 @lru_cache(2)
 def _scorer(metrics: tuple, device: str, weights) -> Scorer:
     "One scorer a process."
     return Scorer(metrics, "framer", device, weights)
 
-# %% ../nbs/25_ablation.ipynb #c048
+# %% ../nbs/25_ablation.ipynb #c052
 def scored(scores) -> dict:
     "Means, what is missing and why, protocol and versions of `Scores`."
     return dict(means=scores.means, count=scores.count, missing=scores.missing, protocol=scores.protocol, versions=scores.versions)
 
-# %% ../nbs/25_ablation.ipynb #c050
+# %% ../nbs/25_ablation.ipynb #c054
 def score_test_set(
     config: TrainConfig, ablation: AblationConfig, backbone,
 ) -> dict:  # of `scored`
@@ -246,7 +249,7 @@ def score_test_set(
         save_png(upscale(path, backbone, seed=config.seed, **{"strength": 1.0, **ablation.test_options}), folder / f"{path.stem}.png")
     return scored(evaluate(folder, project_path(ablation.test_hr), "framer", ["psnr", "ssim", *ablation.metrics], weights=weights, progress=False))
 
-# %% ../nbs/25_ablation.ipynb #c052
+# %% ../nbs/25_ablation.ipynb #c056
 def band_statistics(
     backbone,  # of any recipe
     hr, lr,  # (N, 3, H, W) and (N, 3, H/4, W/4) in [0, 1]
@@ -261,7 +264,14 @@ def band_statistics(
         rows += [row(name, m, t) for m, name in zip(maps, names) if min(m.shape[-2:]) > 1]
     return rows
 
-# %% ../nbs/25_ablation.ipynb #c054
+# %% ../nbs/25_ablation.ipynb #c058
+def samples_of(
+    hr, lr,  # (N, 3, H, W) and (N, 3, H/4, W/4)
+) -> tuple:
+    "Crops as they are, or their quarters where there are fewer than four."
+    return (hr, lr) if len(hr) > 3 else (quarters(hr), quarters(lr))
+
+# %% ../nbs/25_ablation.ipynb #c061
 def look(
     config: TrainConfig, ablation: AblationConfig,
 ) -> dict:  # scores, and statistics; `test` with a test set
@@ -270,10 +280,19 @@ def look(
     backbone = load_trained(run_path(config.run) / "model", device, **dict(zip(("text", "t5_tokens"), (config.text, config.t5_tokens))))
     made, hr, lr = held_out(config, backbone)
     found = dict(model=read_card(run_path(config.run) / "model"), scores=scored(_scorer(("psnr", "ssim", *ablation.metrics), device, ablation.metric_weights or None)(made, hr)))
-    with torch.no_grad(): found["statistics"] = band_statistics(backbone, quarters(hr), quarters(lr), (1,) if backbone.recipe == "framer-u" else (300, 700), config.seed)
+    samples, times = [x.to(device) for x in samples_of(hr, lr)], (1,) if backbone.recipe == "framer-u" else (300, 700)
+    with torch.no_grad(): found.update(statistics=band_statistics(backbone, *samples, times, config.seed), similarity=layer_similarity(backbone, *samples, times, seed=config.seed))
     return dict(found, test=score_test_set(config, ablation, backbone)) if ablation.test_lr else found
 
-# %% ../nbs/25_ablation.ipynb #c056
+# %% ../nbs/25_ablation.ipynb #c063
+@contextmanager
+def _no_figures():
+    "Within this context training runs close their figures instead of saving them."
+    before, training.save_figure = training.save_figure, lambda run, figure, name: plt.close(figure)
+    try: yield
+    finally: training.save_figure = before
+
+# %% ../nbs/25_ablation.ipynb #c064
 def run_row(
     config: TrainConfig, ablation: AblationConfig,
 ) -> dict:  # what row.json holds
@@ -281,7 +300,7 @@ def run_row(
     folder, started = run_path(config.run), (time.perf_counter(), time.process_time())
     folder.mkdir(parents=True, exist_ok=True)
     record = dict(row=folder.name.rsplit("-", 1)[0], seed=config.seed, threads=torch.get_num_threads(), failed="")
-    with open(folder / "log.txt", "a") as file, redirect_stdout(file), redirect_stderr(file):
+    with open(folder / "log.txt", "a") as file, redirect_stdout(file), redirect_stderr(file), _no_figures():
         try:
             if not (folder / "metrics.json").is_file(): train(replace(config, resume=True))
             record.update(look(config, ablation))
@@ -291,7 +310,7 @@ def run_row(
     tidy(config.run, ablation.keep)
     return record
 
-# %% ../nbs/25_ablation.ipynb #c058
+# %% ../nbs/25_ablation.ipynb #c066
 def tidy(
     run: str,  # of a finished row
     keep: str,  # "records", "model" or "all"
@@ -299,13 +318,13 @@ def tidy(
     "Remove checkpoints, and the model where it is not to be kept."
     for name in {"records": ("checkpoints", "model"), "model": ("checkpoints",), "all": ()}[keep]: shutil.rmtree(run_path(run) / name, ignore_errors=True)
 
-# %% ../nbs/25_ablation.ipynb #c064
+# %% ../nbs/25_ablation.ipynb #c072
 def _end_with_parent(alive):
     "Wait for the parent's end of a pipe to close; then this process ends."
     with suppress(EOFError, OSError): alive.recv()
     os._exit(1)
 
-# %% ../nbs/25_ablation.ipynb #c066
+# %% ../nbs/25_ablation.ipynb #c074
 def _begin_worker(alive, devices, threads: int):
     "First thing in a worker: its GPU, its threads, and an ear for the end of its parent."
     threading.Thread(target=_end_with_parent, args=(alive,), daemon=True).start()
@@ -313,7 +332,7 @@ def _begin_worker(alive, devices, threads: int):
     if device is not None: os.environ["CUDA_VISIBLE_DEVICES"] = device
     torch.set_num_threads(threads)
 
-# %% ../nbs/25_ablation.ipynb #c068
+# %% ../nbs/25_ablation.ipynb #c076
 @contextmanager
 def _environment(**values):
     "These variables in the environment, and what was there before put back."
@@ -325,7 +344,7 @@ def _environment(**values):
             os.environ.pop(name, None)
             if value is not None: os.environ[name] = value
 
-# %% ../nbs/25_ablation.ipynb #c070
+# %% ../nbs/25_ablation.ipynb #c078
 def visible_devices(
     workers: int,
 ) -> list:  # one entry a worker: a GPU's name for CUDA_VISIBLE_DEVICES, or None
@@ -335,7 +354,7 @@ def visible_devices(
     found = named.split(",") if named else [str(k) for k in range(torch.cuda.device_count())]
     return [found[k % len(found)] for k in range(workers)]
 
-# %% ../nbs/25_ablation.ipynb #c073
+# %% ../nbs/25_ablation.ipynb #c081
 def worker_count(
     config: AblationConfig,
     jobs: int,  # rows to train
@@ -344,7 +363,7 @@ def worker_count(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(jobs, config.workers or torch.cuda.device_count() or cores // config.threads))
 
-# %% ../nbs/25_ablation.ipynb #c075
+# %% ../nbs/25_ablation.ipynb #c083
 @contextmanager
 def worker_pool(
     count: int,  # processes
@@ -365,7 +384,7 @@ def worker_pool(
             raise
         finally: ours.close(); alive.close()
 
-# %% ../nbs/25_ablation.ipynb #c079
+# %% ../nbs/25_ablation.ipynb #c087
 def trial(
     config: TrainConfig, ablation: AblationConfig,
 ) -> dict:  # seconds a step, and seconds beside the steps
@@ -376,18 +395,18 @@ def trial(
         step = statistics.median(row["seconds"] for row in read_history(Path(folder) / "trial-0"))
     return dict(step=step, beside=max(0.0, seconds - step * short.steps))
 
-# %% ../nbs/25_ablation.ipynb #c081
+# %% ../nbs/25_ablation.ipynb #c089
 def finished_seconds(jobs: list[TrainConfig]) -> list[float]:
     "What finished rows took."
     files = [run_path(job.run) / "row.json" for job in jobs]
     return [json.loads(file.read_text())["seconds"] for file in files if file.is_file()]
 
-# %% ../nbs/25_ablation.ipynb #c083
+# %% ../nbs/25_ablation.ipynb #c091
 def _time(seconds: float) -> str:
     "For people: 40 s, 12 min, 3.5 h."
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
-# %% ../nbs/25_ablation.ipynb #c085
+# %% ../nbs/25_ablation.ipynb #c093
 def estimate(
     todo: list[TrainConfig], done: list[TrainConfig],  # rows to train, and finished ones
     ablation: AblationConfig, pool, workers: int,
@@ -399,7 +418,7 @@ def estimate(
     row = tried["beside"] + job.steps * tried["step"]
     return row * len(todo) / workers, f"{_time(row)} a row: {tried['step']:.2f} s a step and {_time(tried['beside'])} beside, from a trial"
 
-# %% ../nbs/25_ablation.ipynb #c088
+# %% ../nbs/25_ablation.ipynb #c096
 def _begin(jobs: list, ablation: AblationConfig) -> tuple:
     "Rows to train and finished ones."
     states = {job.run: row_state(job) for job in jobs}
@@ -407,14 +426,14 @@ def _begin(jobs: list, ablation: AblationConfig) -> tuple:
     for job in done: tidy(job.run, ablation.keep)
     return [job for job in jobs if states[job.run] != "finished"], done
 
-# %% ../nbs/25_ablation.ipynb #c090
+# %% ../nbs/25_ablation.ipynb #c098
 def _line(record: dict, k: int, total: int, left: float) -> str:
     "What is said of a row that has come back."
     means = record.get("scores", {}).get("means", {})
     said = record["failed"] or ", ".join(f"{name.upper()} {means[name]:.3f}" for name in ("psnr", "ssim") if name in means)
     return f"{k}/{total} {record['row']}, seed {record['seed']}: {said} ({_time(record['seconds'])}; about {_time(left)} left)"
 
-# %% ../nbs/25_ablation.ipynb #c092
+# %% ../nbs/25_ablation.ipynb #c100
 def run_ablation(
     ablation: AblationConfig,
     log=print,
@@ -439,7 +458,7 @@ def run_ablation(
             raise RuntimeError(f"a process that trained rows died, perhaps for want of memory with {workers} at a time. Finished rows stay: run the same again, with -p workers {max(1, workers // 2)}") from error
     return errors
 
-# %% ../nbs/25_ablation.ipynb #c096
+# %% ../nbs/25_ablation.ipynb #c104
 @dataclass(frozen=True)
 class Column:
     title: str
@@ -451,7 +470,7 @@ COLUMNS = {name: Column(title, 0 if way is None else sign(name), decimals) for n
 COLUMNS.update(psnr_from_lr=Column("PSNR from LR", 1, 2), noise_loss=Column("Noise loss", -1, 4), lf_middle=Column("LF similarity", 1), hf_middle=Column("HF similarity", 1),
                weight_lf=Column("w LF"), weight_hf=Column("w HF"), gate_lf=Column("Gate LF"), gate_hf=Column("Gate HF"), closed_gates_hf=Column("Closed HF gates"))
 
-# %% ../nbs/25_ablation.ipynb #c099
+# %% ../nbs/25_ablation.ipynb #c107
 def middle(
     rows: list[dict],  # metrics.json's `similarity`
     band: str,  # "lf" or "hf"
@@ -461,7 +480,7 @@ def middle(
     found = [value for t in sorted({r["timestep"] for r in rows}) for depth, value in zip(*layer_curve(rows, t, band)) if low <= depth <= high]
     return sum(found) / len(found) if found else None
 
-# %% ../nbs/25_ablation.ipynb #c103
+# %% ../nbs/25_ablation.ipynb #c111
 def tenths(
     history: list[dict], key: str,  # rows of history.csv; a column
     parts: int = 10,
@@ -471,7 +490,7 @@ def tenths(
     cuts = [round(k * len(values) / parts) for k in range(parts + 1)]
     return [statistics.fmean(values[a:b]) for a, b in zip(cuts, cuts[1:]) if b > a]
 
-# %% ../nbs/25_ablation.ipynb #c106
+# %% ../nbs/25_ablation.ipynb #c114
 _TERMS = ("weight_lf", "weight_hf", "gate_lf", "gate_hf", "closed_gates_hf")
 STATISTICS_OF = ("baseline", "framer")  # rows whose band statistics are gathered
 
@@ -488,11 +507,11 @@ def row_numbers(
     metrics, history = json.loads((folder / "metrics.json").read_text()), read_history(folder)
     scores = record.get("test") or record["scores"]
     values = {**scores["means"], "psnr_from_lr": metrics["after_from_lr"].get("psnr"), "noise_loss": metrics["noise_loss"]["last"], "first_noise_loss": history[0]["noise_loss"],
-              **{f"{band}_middle": middle(metrics["similarity"], band) for band in ("lf", "hf")}, **{k: (ends(history, k) or {}).get("last") for k in _TERMS}}
+              **{f"{band}_middle": middle(record["similarity"], band) for band in ("lf", "hf")}, **{k: (ends(history, k) or {}).get("last") for k in _TERMS}}
     if not record.get("test"): values.update({k: metrics["after"][k] for k in ("psnr", "ssim") if k in metrics["after"]})
     return dict(values={k: v for k, v in values.items() if isinstance(v, (int, float)) and math.isfinite(v)}, missing=dict(scores["missing"]), why="", curve=tenths(history, "noise_loss"), **said)
 
-# %% ../nbs/25_ablation.ipynb #c109
+# %% ../nbs/25_ablation.ipynb #c117
 def collect(
     ablation: AblationConfig,
 ) -> dict:  # parameters, environment, and rows {row: {"options", "seeds": {seed: numbers}}}
@@ -506,13 +525,13 @@ def collect(
     for numbers in runs: numbers.pop("environment")
     return dict(found, same_start=same_start(found))
 
-# %% ../nbs/25_ablation.ipynb #c111
+# %% ../nbs/25_ablation.ipynb #c119
 def same_start(found: dict) -> bool | None:  # None where there are not two rows of one seed
     "Do all rows of a seed begin with the same noise loss, to the last bit? Same weights, batch, noise and timesteps make it so."
     firsts = [{r["seeds"][seed]["values"]["first_noise_loss"] for r in found["rows"].values() if "first_noise_loss" in r["seeds"].get(seed, {}).get("values", {})} for seed in map(str, found["parameters"]["seeds"])]
     return all(len(first) <= 1 for first in firsts) if any(firsts) else None
 
-# %% ../nbs/25_ablation.ipynb #c115
+# %% ../nbs/25_ablation.ipynb #c123
 def seed_values(
     found: dict,  # of `collect`
     row: str, column: str,
@@ -520,7 +539,7 @@ def seed_values(
     "One column of one row; {} where the row was not asked for."
     return {seed: n["values"][column] for seed, n in found["rows"].get(row, dict(seeds={}))["seeds"].items() if column in n["values"]}
 
-# %% ../nbs/25_ablation.ipynb #c117
+# %% ../nbs/25_ablation.ipynb #c125
 def spread(
     found: dict, row: str, column: str,
 ) -> dict:  # mean, std (sample standard deviation over seeds, None below two), n, why ("" or the reason of a gap)
@@ -532,7 +551,7 @@ def spread(
     why = "not run" if not seeds else "; ".join(same if len(same) == 1 and len(whys) == len(seeds) else whys)
     return dict(mean=statistics.fmean(values) if values else None, std=statistics.stdev(values) if len(values) > 1 else None, n=len(values), why=why)
 
-# %% ../nbs/25_ablation.ipynb #c121
+# %% ../nbs/25_ablation.ipynb #c129
 def t_test(
     differences,  # (n,) numbers
 ) -> tuple:  # two-sided p or None, and what is to be said about it
@@ -544,7 +563,7 @@ def t_test(
     except ImportError as error: return None, f"no test: scipy is not installed ({error}); pip install \"framer-sr[eval]\""
     return float(stats.ttest_1samp(d, 0.0).pvalue), ""
 
-# %% ../nbs/25_ablation.ipynb #c125
+# %% ../nbs/25_ablation.ipynb #c133
 def difference(
     found: dict,
     row: str, reference: str, column: str,
@@ -556,7 +575,7 @@ def difference(
     counts, (p, note) = paired_statistics(d), t_test(d)
     return dict(mean=float(way * d.mean()) if len(d) else None, std=float(d.std(ddof=1)) if len(d) > 1 else None, **{k: counts[k] for k in ("n", "wins", "losses")}, p=p, note=note)
 
-# %% ../nbs/25_ablation.ipynb #c127
+# %% ../nbs/25_ablation.ipynb #c135
 def differences(
     found: dict,
     reference: str, column: str,
@@ -567,7 +586,7 @@ def differences(
     made = {row: difference(found, row, reference, column) for row in rows}
     return {row: dict(d, p_holm=p) for (row, d), p in zip(made.items(), holm([d["p"] for d in made.values()]))}
 
-# %% ../nbs/25_ablation.ipynb #c131
+# %% ../nbs/25_ablation.ipynb #c139
 @dataclass
 class Entry:
     "One cell of a table."
@@ -576,7 +595,7 @@ class Entry:
     best: bool = False
     note: str = ""  # why there is a gap
 
-# %% ../nbs/25_ablation.ipynb #c133
+# %% ../nbs/25_ablation.ipynb #c141
 @dataclass
 class Sheet:
     "A table ready to be written."
@@ -590,7 +609,7 @@ class Sheet:
 
     def _repr_html_(self): return sheet_html(self)
 
-# %% ../nbs/25_ablation.ipynb #c135
+# %% ../nbs/25_ablation.ipynb #c143
 def _entry(found: dict, row: str, column: str, against: dict) -> Entry:
     "Mean, spread and difference."
     cell, decimals = spread(found, row, column), COLUMNS[column].decimals
@@ -599,7 +618,7 @@ def _entry(found: dict, row: str, column: str, against: dict) -> Entry:
     below = f"{d['mean']:+.{decimals + 1}f}{'*' if (d['p_holm'] or 1) < 0.05 else ''}" if d and d["n"] else ""
     return Entry(f"{cell['mean']:.{decimals}f}" + (f" \u00b1 {cell['std']:.{decimals}f}" if cell["std"] is not None else ""), below, note=cell["why"])
 
-# %% ../nbs/25_ablation.ipynb #c137
+# %% ../nbs/25_ablation.ipynb #c145
 def _mark_best(cells: list, means: list, column: Column):
     "The best mean as it is printed, where means differ in print and a best one is meant."
     printed = [None if m is None else round(m, column.decimals) for m in means]
@@ -608,7 +627,7 @@ def _mark_best(cells: list, means: list, column: Column):
         best = max(known) if column.better > 0 else min(known)
         for cell, mean in zip(cells, printed): cell.best = mean == best
 
-# %% ../nbs/25_ablation.ipynb #c140
+# %% ../nbs/25_ablation.ipynb #c148
 def scale_of(
     found: dict,
 ) -> str:
@@ -618,15 +637,15 @@ def scale_of(
     size, weights = card.get("scale") or p["options"].get("scale", "auto"), card.get("weights") or p["options"].get("weights", "auto")
     return f"{p['backbone']} {size}, {weights} weights, {p['steps']} steps of {p['batch_size']} crops of {p['size']} px, {len(p['seeds'])} seed" + ("s" if len(p["seeds"]) > 1 else "")
 
-# %% ../nbs/25_ablation.ipynb #c142
+# %% ../nbs/25_ablation.ipynb #c150
 def _measured_on(found: dict) -> str:
     p = found["parameters"]
     return f"test set {Path(p['test_lr']).name}" if p["test_lr"] else f"held-out crops of {p['validation_size']} px"
 
-# %% ../nbs/25_ablation.ipynb #c144
+# %% ../nbs/25_ablation.ipynb #c152
 def _arrow(column: str) -> str: return {1: " \u2191", -1: " \u2193", 0: ""}[COLUMNS[column].better]
 
-# %% ../nbs/25_ablation.ipynb #c147
+# %% ../nbs/25_ablation.ipynb #c155
 TABLE_COLUMNS = ("psnr", "ssim", "lpips", "musiq", "maniqa", "noise_loss", "hf_middle")
 
 def sheet(
@@ -654,7 +673,7 @@ def sheet(
             if cell.note: made.notes.setdefault(cell.note, "abcdefghijklmnopqrstuvwxyz"[len(made.notes) % 26] * (1 + len(made.notes) // 26))
     return made
 
-# %% ../nbs/25_ablation.ipynb #c149
+# %% ../nbs/25_ablation.ipynb #c157
 def sheet_caption(found: dict, layout: Layout, paper: bool) -> str:
     "What the table says, on what scale, from which commit and machine."
     at, reference = found["trained_at"], next(line[0] for lines in layout.lines.values() for line in lines if line[1] == layout.reference)
@@ -663,7 +682,7 @@ def sheet_caption(found: dict, layout: Layout, paper: bool) -> str:
     return (f"{layout.title}. Measured: mean \u00b1 standard deviation over seeds; below, the paired difference to {reference}, * where p < 0.05 (paired t-test over seeds, Holm over the rows). Best mean in bold. "
             f"{scale_of(found)}; commit {commit}; {machine}, torch threads a run: {', '.join(map(str, at.get('threads', []))) or 'unknown'}." + (" The paper's values are of another data set and scale and cannot be set against the measured ones." if paper else ""))
 
-# %% ../nbs/25_ablation.ipynb #c151
+# %% ../nbs/25_ablation.ipynb #c159
 _STYLE = """<style>.framer-ablation{overflow-x:auto}.framer-ablation table{border-collapse:collapse;font-variant-numeric:tabular-nums}.framer-ablation caption{text-align:left;padding:.4em 0;max-width:70em}
 .framer-ablation th,.framer-ablation td{padding:.2em .6em;text-align:right;white-space:nowrap;vertical-align:top}.framer-ablation th[scope=row],.framer-ablation th[scope=rowgroup]{text-align:left;font-weight:normal}
 .framer-ablation thead th{border-bottom:1px solid;text-align:center}.framer-ablation tbody{border-bottom:1px solid}.framer-ablation small{opacity:.75}.framer-ablation .paper{font-style:italic}.framer-ablation :not(.paper)+.paper{border-left:3px double}.framer-ablation p{max-width:70em}</style>"""
@@ -673,7 +692,7 @@ def _html_cell(cell: Entry, notes: dict, first: bool, paper: bool) -> str:
     text += (f"<sup>{notes[cell.note]}</sup>" if cell.note else "") + (f"<br><small>{escape(cell.below)}</small>" if cell.below else "")
     return f"<th scope=row>{text}</th>" if first else f"<td{' class=paper' if paper else ''}>{text}</td>"
 
-# %% ../nbs/25_ablation.ipynb #c153
+# %% ../nbs/25_ablation.ipynb #c161
 def sheet_html(
     table: Sheet,
 ) -> str:
@@ -687,7 +706,7 @@ def sheet_html(
     below = "".join(f"<p><sup>{letter}</sup> {escape(text)}</p>" for text, letter in table.notes.items())
     return f"{_STYLE}<div class=framer-ablation><table><caption>{escape(table.caption)}</caption><thead>{head}</thead><tbody>{body}</tbody></table>{below}</div>"
 
-# %% ../nbs/25_ablation.ipynb #c156
+# %% ../nbs/25_ablation.ipynb #c164
 def sheet_markdown(
     table: Sheet,
 ) -> str:
@@ -702,14 +721,14 @@ def sheet_markdown(
     notes = [f"<sup>{letter}</sup> {safe(text)}" for text, letter in table.notes.items()]
     return "\n".join([f"### {table.title}", "", "| " + " | ".join(map(safe, heads)) + " |", "| --- |" + " ---: |" * (len(heads) - 1), *out, "", safe(table.caption), *(f"\n{note}" for note in notes)]) + "\n"
 
-# %% ../nbs/25_ablation.ipynb #c158
+# %% ../nbs/25_ablation.ipynb #c166
 _SIGNS = {"\u00b1": r"$\pm$", _NO: r"$\times$", _YES: r"\checkmark", "\u207b": r"$^-$"}
 
 def _tex(text: str) -> str:
     "Text for LaTeX, with this table's signs."
     return "".join(_SIGNS.get(letter, letter) for letter in escape_tex(text))
 
-# %% ../nbs/25_ablation.ipynb #c160
+# %% ../nbs/25_ablation.ipynb #c168
 def sheet_latex(
     table: Sheet,
 ) -> str:
@@ -724,13 +743,13 @@ def sheet_latex(
     return "\n".join([r"% needs \usepackage{booktabs,amssymb}", r"\begin{table*}[t]", r"\centering", r"\caption{%s}" % _tex(table.caption), r"\begin{tabular}{l%s}" % ("c" * (width - 1)), r"\toprule", *heads, r"\midrule", *out,
                       r"\bottomrule", r"\end{tabular}", *notes, r"\end{table*}", ""])
 
-# %% ../nbs/25_ablation.ipynb #c164
+# %% ../nbs/25_ablation.ipynb #c172
 _AGAINST = ("difference", "difference_std", "pairs", "wins", "losses", "p", "p_holm", "test_note")
 
 def _against(d: dict | None) -> list:
     return ["" if d is None or d.get(k) is None else d[k] for k in ("mean", "std", "n", "wins", "losses", "p", "p_holm", "note")]
 
-# %% ../nbs/25_ablation.ipynb #c166
+# %% ../nbs/25_ablation.ipynb #c174
 def tables_csv(
     found: dict,
     tables,  # names in TABLES
@@ -749,7 +768,7 @@ def tables_csv(
                                      *(v for r in references for v in _against(cache[r, c].get(row))), "" if paper is None else paper, "" if paper is None else f"Table {table}: {PAPER_WHERE}"])
     return out.getvalue()
 
-# %% ../nbs/25_ablation.ipynb #c169
+# %% ../nbs/25_ablation.ipynb #c177
 DETAIL_COLUMNS = ("psnr_from_lr", "dists", "niqe", "lf_middle", "hf_middle", "weight_lf", "weight_hf", "gate_lf", "gate_hf", "closed_gates_hf")
 
 def detail_sheet(
@@ -760,7 +779,18 @@ def detail_sheet(
     reference = "baseline" if "baseline" in found["rows"] else next(iter(found["rows"]))
     return sheet(found, Layout("All rows: similarities, weights and gates", lines, ("Changes",), reference, "Row", "details"), DETAIL_COLUMNS)
 
-# %% ../nbs/25_ablation.ipynb #c172
+# %% ../nbs/25_ablation.ipynb #c180
+def same_rows(
+    found: dict,
+) -> list[list[str]]:  # groups of two rows and more
+    "Rows whose numbers agree, as printed, in all columns and seeds."
+    groups = {}
+    for row in found["rows"]:
+        numbers = {c: {seed: round(v, COLUMNS[c].decimals) for seed, v in seed_values(found, row, c).items()} for c in COLUMNS}
+        if any(numbers.values()): groups.setdefault(json.dumps(numbers, sort_keys=True), []).append(row)
+    return [rows for rows in groups.values() if len(rows) > 1]
+
+# %% ../nbs/25_ablation.ipynb #c183
 def conclusions(
     found: dict,
     columns=("psnr", "ssim", "lpips", "noise_loss", "hf_middle"),
@@ -777,9 +807,9 @@ def conclusions(
         seeds = f"seeds of one row by {statistics.median(stds):.3g} (median standard deviation)" if stds else "one seed: no spread is known"
         verdict = f"{len(differ)} of {len(against)} rows differ from {reference} by more than chance: {', '.join(differ)}" if differ else f"no row differs from {reference} by more than chance" if stds and against else f"nothing can be said about chance without {reference} and at least 2 seeds"
         said.append(f"{COLUMNS[c].title}: row means lie within {max(means) - min(means):.3g}, {seeds}; {verdict}.")
-    return said
+    return said + [f"The same in every number, as printed: {', '.join(rows)}." for rows in same_rows(found)]
 
-# %% ../nbs/25_ablation.ipynb #c176
+# %% ../nbs/25_ablation.ipynb #c187
 def difference_dots(
     found: dict,
     column: str,  # a name in COLUMNS
@@ -797,14 +827,14 @@ def difference_dots(
     for side in ("top", "right"): ax.spines[side].set_visible(False)
     return fig
 
-# %% ../nbs/25_ablation.ipynb #c179
+# %% ../nbs/25_ablation.ipynb #c190
 def begun_tables(
     found: dict,
 ) -> list[str]:  # names in TABLES
     "The tables of the parameters that have a row here."
     return [table for table in found["parameters"]["tables"] if set(table_rows([table])) & set(found["rows"])]
 
-# %% ../nbs/25_ablation.ipynb #c182
+# %% ../nbs/25_ablation.ipynb #c193
 def write_report(
     found: dict,  # of `collect`
     tables=None,  # names; None is `begun_tables`
@@ -821,7 +851,7 @@ def write_report(
     write_json(folder / "ablation.json", dict(found, conclusions=conclusions(found), paper=dict(where=PAPER_WHERE, metrics=PAPER_METRICS, tables={t: PAPER[t] for t in tables if t in PAPER})))
     return [*made, folder / "ablation.json"]
 
-# %% ../nbs/25_ablation.ipynb #c185
+# %% ../nbs/25_ablation.ipynb #c196
 VERDICTS = ("holds", "does not hold", "undecided", "not measured yet")
 
 @dataclass
@@ -836,7 +866,7 @@ class Finding:
 
     def __post_init__(self): _known("verdict", [self.verdict], VERDICTS)
 
-# %% ../nbs/25_ablation.ipynb #c187
+# %% ../nbs/25_ablation.ipynb #c198
 def _finding_markdown(self: Finding) -> str:
     "Verdict, criterion, numbers, scale."
     numbers = "\n".join(f"- {line}" for line in self.measured) or "- nothing yet"
@@ -844,7 +874,7 @@ def _finding_markdown(self: Finding) -> str:
 
 Finding._repr_markdown_ = _finding_markdown
 
-# %% ../nbs/25_ablation.ipynb #c191
+# %% ../nbs/25_ablation.ipynb #c202
 def together(
     verdicts: list[str],
 ) -> str:
@@ -852,7 +882,7 @@ def together(
     if not verdicts or "not measured yet" in verdicts: return "not measured yet"
     return "does not hold" if "does not hold" in verdicts else "holds" if set(verdicts) == {"holds"} else "undecided"
 
-# %% ../nbs/25_ablation.ipynb #c195
+# %% ../nbs/25_ablation.ipynb #c206
 def _said(d: dict, row: str, reference: str, column: str, p) -> str:
     "One comparison in words."
     c = COLUMNS[column]
@@ -872,7 +902,7 @@ def by_differences(
         lines.append(_said(d, row, reference, column, p) if d["n"] else f"{COLUMNS[column].title} of {row} against {reference}: no seed has both")
     return together(verdicts), lines
 
-# %% ../nbs/25_ablation.ipynb #c199
+# %% ../nbs/25_ablation.ipynb #c210
 def _mean_between(curve: tuple, low: float, high: float) -> float:
     "Mean of a curve (depths, values) over some depths."
     found = [v for d, v in zip(*curve) if low <= d <= high]
@@ -891,14 +921,14 @@ def late_rise(
     curve = layer_curve(rows, timestep, band)
     return _mean_between(curve, 2 / 3, 1) - _mean_between(curve, 0, 1 / 3)
 
-# %% ../nbs/25_ablation.ipynb #c203
+# %% ../nbs/25_ablation.ipynb #c214
 def by_count(
     agree: list[bool],
 ) -> str:
     "One verdict of several yes and no."
     return "not measured yet" if not agree else "holds" if all(agree) else "undecided" if any(agree) else "does not hold"
 
-# %% ../nbs/25_ablation.ipynb #c207
+# %% ../nbs/25_ablation.ipynb #c218
 PAIRS = tuple((f"{place}/{backbone}-baseline", f"{place}/{backbone}-framer") for place in ("examples", "gallery") for backbone in ("sd2", "sd3"))
 
 @dataclass
@@ -908,7 +938,7 @@ class Evidence:
     pairs: dict = field(default_factory=dict)  # title -> (baseline's metrics.json, FRAMER's)
     absent: list = field(default_factory=list)  # paths that are not there
 
-# %% ../nbs/25_ablation.ipynb #c208
+# %% ../nbs/25_ablation.ipynb #c219
 def _read_json(path: Path) -> dict:
     "A JSON file. `ValueError` naming it where it is broken."
     try: return json.loads(path.read_text())
@@ -919,7 +949,7 @@ def pair_title(run: str) -> str:
     c = _read_json(run_path(run) / "config.json")["config"]
     return f"{ {'sd2': 'U-Net', 'sd3': 'DiT'}[c['backbone']]}, {c['steps']} steps of {c['batch_size']} crops of {c['size']} px"
 
-# %% ../nbs/25_ablation.ipynb #c210
+# %% ../nbs/25_ablation.ipynb #c221
 def read_evidence(
     ablation: str = "ablation",  # folder below reports/
     pairs=PAIRS,  # (baseline, FRAMER): names of runs
@@ -937,7 +967,7 @@ def read_evidence(
             found.pairs[title if title not in found.pairs else f"{title} ({both[0].split('/')[0]})"] = tuple(map(_read_json, files))
     return found
 
-# %% ../nbs/25_ablation.ipynb #c213
+# %% ../nbs/25_ablation.ipynb #c224
 def saved_rows(
     name: str,  # of a table in reports/figures
 ) -> list[dict]:  # its rows; empty where it was not made
@@ -945,7 +975,7 @@ def saved_rows(
     path = run_path("figures") / f"{name}.json"
     return _read_json(path)["rows"] if path.is_file() else []
 
-# %% ../nbs/25_ablation.ipynb #c216
+# %% ../nbs/25_ablation.ipynb #c227
 def curves(
     evidence: Evidence,
     side: int = 0,  # 0: baselines, 1: FRAMER

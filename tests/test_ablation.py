@@ -97,7 +97,7 @@ def here(root, monkeypatch):
     return root
 
 
-QUICK = dict(rows=["baseline", "framer", "cl-freq"], seeds=[0], steps=2, batch_size=2, sampling_steps=1, metrics=[], estimate=False)
+QUICK = dict(rows=["baseline", "framer", "cl-freq"], seeds=[0], steps=2, size=64, validation_size=64, batch_size=2, sampling_steps=1, metrics=[], estimate=False)
 ENVIRONMENT = dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
 SCRIPT = """
 import json, sys
@@ -156,6 +156,7 @@ def test_3_parallel_rows_have_the_bits_of_sequential_ones(here):
         assert len(one) == 2 and history_differences(one, other) == []
         a, b = (json.loads((here / f"reports/{run}/{row}-0/row.json").read_text()) for run in "ab")
         assert a["scores"] == b["scores"] and a["statistics"] == b["statistics"] and a["threads"] == b["threads"] == 1
+        assert a["similarity"] == b["similarity"] and len(a["similarity"]) == 18
         assert json.loads((here / f"reports/a/{row}-0/metrics.json").read_text())["similarity"] == json.loads((here / f"reports/b/{row}-0/metrics.json").read_text())["similarity"]
 
 
@@ -213,6 +214,12 @@ def test_layout_is_the_papers(made_up):
     assert "0123456789" in sheet.caption and "a processor" in sheet.caption and "cannot be set against" in sheet.caption
     part = ab.sheet(made_up, "3")
     assert [s for s, _ in part.lines][0].startswith("Part 1") and "Part 2" in part.lines[3][0] and part.lines[4][1][1].text == "20.60 \u00b1 0.10"
+
+
+def test_rows_that_are_one_are_named(made_up):
+    twins = dict(made_up, rows={**made_up["rows"], "radius-0.1": made_up["rows"]["framer"]})
+    assert ab.same_rows(made_up) == [] and ab.same_rows(twins) == [["framer", "radius-0.1"]]
+    assert ab.conclusions(twins)[-1] == "The same in every number, as printed: framer, radius-0.1."
 
 
 def test_writers_agree_and_escape(made_up):
