@@ -204,13 +204,17 @@ class Fit:
                  ema: float = 0.998, # decay of the average of the weights
                  half_until: float = 0.6, # crops of half the side up to this share of the budget
                  mixed_precision: bool = True, # bfloat16 autocast
+                 perceptual=None, # function of two batches in [-1, 1] -> (B,), e.g. LPIPS; None is none
+                 perceptual_weight: float = 1.0, # of its mean
+                 decoder_only: bool = False, # encoder and latents stay as they are
                  ):
         if not steps and not minutes: raise ValueError("give a budget: steps=... or minutes=...")
         self.vae, self.crops, self.steps, self.minutes, self.lr, self.warmup = vae.train(), crops, steps, minutes, lr, warmup
         self.kl_weight, self.gradient_weight, self.ema, self.mixed_precision = kl_weight, gradient_weight, ema, mixed_precision
         self.vae.to(memory_format=torch.channels_last)
-        self.half_until = half_until
-        self.optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
+        self.half_until, self.perceptual, self.perceptual_weight, self.decoder_only = half_until, perceptual, perceptual_weight, decoder_only
+        for part in (vae.encoder, vae.quant_conv): part.requires_grad_(not decoder_only)
+        self.optimizer = torch.optim.AdamW([p for p in vae.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
         self.average = {k: v.detach().clone() for k, v in vae.state_dict().items()}
         self.done_steps, self.seconds, self.history = 0, 0.0, []
     @property
@@ -232,10 +236,11 @@ def fit_step(fit: Fit, # the training
     images = fit.crops.batch(fit.done_steps, fit.crops.crop // 2 if fit.progress < fit.half_until else 0).to(memory_format=torch.channels_last)
     g = torch.Generator().manual_seed(fit.crops.seed * 7_000_003 + fit.done_steps)
     with torch.autocast("cpu", torch.bfloat16, enabled=fit.mixed_precision):
-        posterior = fit.vae.encode(images).latent_dist
+        with torch.set_grad_enabled(not fit.decoder_only): posterior = fit.vae.encode(images).latent_dist
         output = fit.vae.decode(posterior.sample(g)).sample.float()
+        seen = fit.perceptual(output, images).float().mean() if fit.perceptual else 0.0
     kl = posterior.kl().float().mean()
-    loss = reconstruction_loss(output, images, fit.gradient_weight) + fit.kl_weight * kl
+    loss = reconstruction_loss(output, images, fit.gradient_weight) + fit.kl_weight * kl + fit.perceptual_weight * seen
     if not torch.isfinite(loss): raise FloatingPointError(f"loss is {loss.item()} at step {fit.done_steps}: lower lr (now {lr:.2g})")
     fit.optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -250,7 +255,7 @@ def fit_step(fit: Fit, # the training
     fit.history.append(row)
     return row
 
-# %% ../nbs/09_autoencoder.ipynb #c046
+# %% ../nbs/09_autoencoder.ipynb #c048
 def save_fit(fit: Fit, # the training
              path: str | Path, # a .safetensors file, replaced in one step
              ):
@@ -263,7 +268,7 @@ def save_fit(fit: Fit, # the training
     save_file({k: v.detach().contiguous() for k, v in state.items()}, aside, metadata={"fit": json.dumps(facts)})
     aside.replace(path)
 
-# %% ../nbs/09_autoencoder.ipynb #c048
+# %% ../nbs/09_autoencoder.ipynb #c050
 def load_fit(fit: Fit, # a training made with the same arguments as the one that was saved
              path: str | Path, # what `save_fit` wrote
              ) -> Fit: # the same object, ready to go on
@@ -281,7 +286,7 @@ def load_fit(fit: Fit, # a training made with the same arguments as the one that
     fit.done_steps, fit.seconds, fit.history = facts["done_steps"], facts["seconds"], facts["history"]
     return fit
 
-# %% ../nbs/09_autoencoder.ipynb #c052
+# %% ../nbs/09_autoencoder.ipynb #c054
 def central(picture: torch.Tensor, # (3, H, W) uint8 or float
             size: int, # wanted side, a multiple of 8; a smaller picture gives its largest multiple of 8
             ) -> torch.Tensor: # (3, h, w), h and w multiples of 8 and at most `size`
@@ -290,7 +295,7 @@ def central(picture: torch.Tensor, # (3, H, W) uint8 or float
     y, x = (picture.shape[-2] - h) // 2, (picture.shape[-1] - w) // 2
     return picture[..., y:y + h, x:x + w]
 
-# %% ../nbs/09_autoencoder.ipynb #c053
+# %% ../nbs/09_autoencoder.ipynb #c055
 @torch.no_grad()
 def reconstruction_psnr(vae: AutoencoderKL, # any autoencoder
                         pictures: list, # (3, H, W) uint8 tensors, each measured on its central crop
@@ -305,7 +310,7 @@ def reconstruction_psnr(vae: AutoencoderKL, # any autoencoder
         scores.append(10 * math.log10(255 ** 2 / max((x - y).square().mean().item(), 1e-10)))
     return scores
 
-# %% ../nbs/09_autoencoder.ipynb #c054
+# %% ../nbs/09_autoencoder.ipynb #c056
 @torch.no_grad()
 def latent_statistics(vae: AutoencoderKL, # any autoencoder; its present scaling and shift are not used
                       pictures: list, # (3, H, W) uint8 tensors
@@ -316,7 +321,7 @@ def latent_statistics(vae: AutoencoderKL, # any autoencoder; its present scaling
     z = torch.cat(z, 1)
     return dict(mean=z.mean(1), std=z.std(1), shift=z.mean().item(), scaling=1 / z.std().item())
 
-# %% ../nbs/09_autoencoder.ipynb #c056
+# %% ../nbs/09_autoencoder.ipynb #c058
 def save_autoencoder(vae: AutoencoderKL, # trained
                      folder: str | Path, # made if it is not there
                      shift: float, # goes to the configuration as `shift_factor`
@@ -331,7 +336,7 @@ def save_autoencoder(vae: AutoencoderKL, # trained
     copy.to(dtype).save_pretrained(folder, safe_serialization=True)
     return folder
 
-# %% ../nbs/09_autoencoder.ipynb #c057
+# %% ../nbs/09_autoencoder.ipynb #c059
 def _read_autoencoder(folder):
     "An `AutoencoderKL` from a folder; errors name the folder and what it lacks."
     for name in ("config.json", "diffusion_pytorch_model.safetensors"):
@@ -345,7 +350,7 @@ def _read_autoencoder(folder):
     vae.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
     return vae
 
-# %% ../nbs/09_autoencoder.ipynb #c059
+# %% ../nbs/09_autoencoder.ipynb #c061
 def load_autoencoder(latent_channels: int = 4, # 4 or 16
                      weights: str | Path = "bundled", # "bundled", "random", or a folder that `save_autoencoder` or `save_pretrained` wrote
                      ) -> AutoencoderKL: # frozen, eval mode, float32
@@ -358,7 +363,7 @@ def load_autoencoder(latent_channels: int = 4, # 4 or 16
         raise ValueError(f"{folder} holds an autoencoder of {vae.config.latent_channels} latent channels, {latent_channels} expected")
     return vae.float().eval().requires_grad_(False)
 
-# %% ../nbs/09_autoencoder.ipynb #c070
+# %% ../nbs/09_autoencoder.ipynb #c072
 def model_card(latent_channels: int, # 4 or 16
                facts: dict, # what train_autoencoder knows: data, budget, hardware, results
                ) -> str: # markdown
@@ -372,7 +377,7 @@ def model_card(latent_channels: int, # 4 or 16
 - **Use**: `framer.autoencoder.load_autoencoder({latent_channels})`; the latent space of the tiny backbones of this package.
 - **Data**: {facts["pictures"]} pictures, listed below. {facts["about"]}
 - **Budget**: {facts["steps"]} steps of {facts["batch_size"]} crops of {facts["crop"]} x {facts["crop"]} pixels (half that side for the first 60 % of the budget), {facts["minutes"]} minutes on {facts["threads"]} thread(s) of one {facts["hardware"]}.
-- **Settings**: AdamW, lr {facts["lr"]}, gradient weight {facts["gradient_weight"]}, KL weight {facts["kl_weight"]}, seed {facts["seed"]}; torch {facts["torch"]}, diffusers {facts["diffusers"]}, commit {facts["commit"]}.
+- **Settings**: AdamW, lr {facts["lr"]}, gradient weight {facts["gradient_weight"]}, KL weight {facts["kl_weight"]}, LPIPS weight {facts.get("perceptual_weight", 0)}, {"from " + facts["start"] if facts.get("start") else "from nothing"}{", decoder alone" if facts.get("decoder_only") else ""}, seed {facts["seed"]}; torch {facts["torch"]}, diffusers {facts["diffusers"]}, commit {facts["commit"]}.
 - **Held-out PSNR**: {sum(psnr) / len(psnr):.2f} dB (mean over {len(psnr)} photographs never trained on, central 512 x 512, RGB).
 - **Limits**: no model in this latent can do better than this PSNR. Trained on few photographs, for minutes: fine texture, faces and text are
   blurred. For learning and for comparisons at small scale, not for finished pictures.
