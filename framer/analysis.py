@@ -25,8 +25,8 @@ def model_input(
     hr: Tensor, condition: dict,  # (B, 3, H, W) photographs in [0, 1]; of their degraded versions
     timestep: int, seed: int = 0,  # noise level, 0..999; of the noise
 ) -> tuple[Tensor, Tensor]:  # latents (B, C, h, w) and timesteps (B,)
-    "What the model sees at a noise level. PiSA-SR adds no noise: it sees the LR latents, and the timestep it was trained at is 1."
-    if backbone.recipe == "framer-u": return condition["lr_latents"], torch.full((len(hr),), timestep, device=condition["lr_latents"].device)
+    "What the model sees at a noise level. PiSA-SR and the one-step recipe add no noise: they see the LR latents, and the timestep they were trained at is 1."
+    if backbone.recipe in ("framer-u", "one-step"): return condition["lr_latents"], torch.full((len(hr),), timestep, device=condition["lr_latents"].device)
     latents = backbone.encode(hr * 2 - 1)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
     timesteps = torch.as_tensor(backbone.objective.timestep_at(timestep), device=latents.device).expand(len(latents))

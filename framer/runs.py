@@ -708,6 +708,25 @@ def _failure(folder: Path, step: int, error, needed: int) -> CheckpointError:
                            f"The last checkpoint: {last}. Free some space, then the same command with -p resume True goes on from there")
 
 # %% ../nbs/14_runs.ipynb #c176
+def _split_groups(groups: dict, limit: int = 0) -> dict:
+    "Groups cut into parts of at most `limit` bytes, named group.00001 and so on; a larger tensor has a part to itself. 0 does not cut."
+    parts = {}
+    for group, named in groups.items():
+        size, k = 0, 0
+        for name, tensor in named.items():
+            if limit and size and size + tensor.nbytes > limit: size, k = 0, k + 1
+            size += tensor.nbytes
+            parts.setdefault(f"{group}.{k:05d}" if k else group, {})[name] = tensor
+        parts.setdefault(group, {})
+    return parts
+
+def _join_groups(parts: dict) -> dict:
+    "What `_split_groups` was given."
+    groups = {}
+    for name, named in parts.items(): groups.setdefault(re.sub(r"\.\d{5}$", "", name), {}).update(named)
+    return groups
+
+# %% ../nbs/14_runs.ipynb #c179
 def _write_checkpoint(folder: Path, step: int, groups: dict, state) -> Path:
     "One checkpoint, whole or not at all."
     path = checkpoint_path(folder, step)
@@ -727,7 +746,7 @@ def _write_checkpoint(folder: Path, step: int, groups: dict, state) -> Path:
         raise
     return path
 
-# %% ../nbs/14_runs.ipynb #c179
+# %% ../nbs/14_runs.ipynb #c182
 def _remove_others(folder: Path, step: int, keep):
     "Remove the checkpoints of later steps, and the oldest, so that `keep` stay."
     steps = checkpoint_steps(folder)
@@ -735,33 +754,34 @@ def _remove_others(folder: Path, step: int, keep):
     for one in [one for one in steps if one > step] + (earlier[:-keep] if keep else []):
         _remove(checkpoint_path(folder, one), one)
 
-# %% ../nbs/14_runs.ipynb #c182
+# %% ../nbs/14_runs.ipynb #c185
 def save_checkpoint(
     folder,  # the run's folder
     step: int,  # finished optimiser steps
     tensors: dict,  # group -> name -> tensor; one safetensors file a group
     state: dict = None,  # JSON: schedulers, sampler position, trees of `pack_state`
     keep=2,  # how many of the newest to keep; None keeps all
+    max_file_bytes: int = 0,  # cut groups into files of at most so many bytes; 0 does not
 ) -> Path:  # the checkpoint's folder
     "Write a checkpoint whole or not at all, then remove the oldest, and any of later steps (left by a history that was resumed from before them)."
     if keep is not None and keep < 1:
         raise ValueError(f"keep is {keep}: at least the checkpoint just written is kept; None keeps all")
-    groups = {group: plain_tensors(named) for group, named in tensors.items()}
+    groups = _split_groups({group: plain_tensors(named) for group, named in tensors.items()}, max_file_bytes)
     path = _write_checkpoint(Path(folder), int(step), groups, jsonable(state or {}, strict=False))
     _remove_others(Path(folder), int(step), keep)
     return path
 
-# %% ../nbs/14_runs.ipynb #c185
+# %% ../nbs/14_runs.ipynb #c188
 def _read_checkpoint(path: Path) -> Checkpoint:
     "Read a checkpoint's folder as it is, without comparing sums."
     try:
         record = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in record["files"]}
+        tensors = _join_groups({name.removesuffix(".safetensors"): load_file(path / name) for name in record["files"]})
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     return Checkpoint(record["step"], path, tensors, record["state"])
 
-# %% ../nbs/14_runs.ipynb #c188
+# %% ../nbs/14_runs.ipynb #c191
 def load_checkpoint(
     folder,  # the run's folder
     step: int = None,  # which one; None is the newest complete one
@@ -779,7 +799,7 @@ def load_checkpoint(
         raise CheckpointError(f"{path} is damaged: {wrong}; there are checkpoints of steps {checkpoint_steps(folder)}")
     return _read_checkpoint(path)
 
-# %% ../nbs/14_runs.ipynb #c193
+# %% ../nbs/14_runs.ipynb #c196
 class RunParts:
     "The names of a run's parts."
     def __init__(self,
@@ -793,7 +813,7 @@ class RunParts:
     metrics_file = property(lambda self: self.path / "metrics.json")
     history_file = property(lambda self: self.path / "history.csv")
 
-# %% ../nbs/14_runs.ipynb #c196
+# %% ../nbs/14_runs.ipynb #c199
 def _read_config(file: Path) -> dict:
     "config.json with its two parts, 'config' and 'environment'."
     try:
@@ -802,7 +822,7 @@ def _read_config(file: Path) -> dict:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{file} cannot be read ({error}): this run cannot be resumed; start another with -p run NAME") from error
 
-# %% ../nbs/14_runs.ipynb #c199
+# %% ../nbs/14_runs.ipynb #c202
 class RunRecord(RunParts):
     "What a run holds."
     resumed, start_step = False, 0  # set by `open_run` where it goes on from a checkpoint
@@ -827,14 +847,14 @@ class RunRecord(RunParts):
             return load_checkpoint(self.path, self.start_step, verify=False)
         return load_checkpoint(self.path, step)
 
-# %% ../nbs/14_runs.ipynb #c202
+# %% ../nbs/14_runs.ipynb #c205
 def _picture(figure, dpi: int) -> bytes:
     "A matplotlib figure as a PNG file's content."
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=dpi, bbox_inches="tight")
     return content.getvalue()
 
-# %% ../nbs/14_runs.ipynb #c205
+# %% ../nbs/14_runs.ipynb #c208
 class RunFolder(RunRecord):
     "A run's folder: names, what it holds, and writing to it. `open_run` makes one that may be written."
     lock = history = config = None  # set by `open_run`
@@ -845,11 +865,12 @@ class RunFolder(RunRecord):
         tensors: dict,  # group -> name -> tensor
         state: dict = None,  # JSON
         keep=2,  # how many of the newest to keep
+        max_file_bytes: int = 0,  # cut groups into files of at most so many bytes; 0 does not
     ) -> Path:  # the checkpoint's folder
         "History to disk, then `save_checkpoint` into this run."
         if self.history is not None:
             self.history.sync()
-        return save_checkpoint(self.path, step, tensors, state, keep)
+        return save_checkpoint(self.path, step, tensors, state, keep, max_file_bytes)
 
     def save_figure(self, figure, name: str, dpi: int = 100) -> Path:
         "Write a matplotlib figure to figures/<name>.png, and say where."
@@ -875,13 +896,13 @@ class RunFolder(RunRecord):
     def __exit__(self, *error):
         self.close()
 
-# %% ../nbs/14_runs.ipynb #c208
+# %% ../nbs/14_runs.ipynb #c211
 def _why_not(path: Path, error: OSError) -> str:
     "Why a folder cannot be written: a file in its way, or what the system says."
     in_way = next((one for one in (path, *path.parents) if one.exists() and not one.is_dir()), None)
     return f"{in_way} is a file, not a folder" if in_way else error.strerror or str(error)
 
-# %% ../nbs/14_runs.ipynb #c211
+# %% ../nbs/14_runs.ipynb #c214
 def prepare_folder(
     path,  # the run's folder
     needed_bytes: int = 0,  # space the run will take
@@ -898,7 +919,7 @@ def prepare_folder(
                        f"where reports/ can be written") from error
     need_space(path, needed_bytes, f"run {path.name}")
 
-# %% ../nbs/14_runs.ipynb #c214
+# %% ../nbs/14_runs.ipynb #c217
 _MISSING = "nothing"  # in place of the value of a parameter that is not there
 
 
@@ -909,7 +930,7 @@ def _flat(config: dict, prefix: str = "") -> dict:
         flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value})
     return flat
 
-# %% ../nbs/14_runs.ipynb #c217
+# %% ../nbs/14_runs.ipynb #c220
 def config_differences(
     given: dict,  # this command's parameters
     recorded: dict,  # those of config.json
@@ -922,7 +943,7 @@ def config_differences(
     pairs = {name: (given.get(name, _MISSING), recorded.get(name, _MISSING)) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1] or isinstance(pair[0], bool) != isinstance(pair[1], bool)}
 
-# %% ../nbs/14_runs.ipynb #c220
+# %% ../nbs/14_runs.ipynb #c223
 def _check_threads(path: Path, recorded):
     "Raise where this process has another number of torch threads than the recorded one (None: not recorded)."
     now = torch.get_num_threads()
@@ -930,7 +951,7 @@ def _check_threads(path: Path, recorded):
         raise RunError(f"run {path} was started with {recorded} torch threads and this process has {now}, which gives other bits: "
                        f"set OMP_NUM_THREADS={recorded} before the command (or torch.set_num_threads({recorded})), or start another run with -p run NAME")
 
-# %% ../nbs/14_runs.ipynb #c223
+# %% ../nbs/14_runs.ipynb #c226
 def _warn_versions(name: str, recorded: dict):
     "Warn where packages that bits depend on have changed since the run was started."
     here = environment()["versions"]
@@ -938,7 +959,7 @@ def _warn_versions(name: str, recorded: dict):
     if other:
         warnings.warn(f"versions have changed since run {name} was started ({', '.join(other)}): its bits may differ from an uninterrupted run's")
 
-# %% ../nbs/14_runs.ipynb #c226
+# %% ../nbs/14_runs.ipynb #c229
 def _check_same(run: RunFolder, config: dict, may_change, same_threads: bool) -> dict:
     "Raise where a resumed run would not be the run that was started; return its record."
     record = run.read_config()
@@ -951,14 +972,14 @@ def _check_same(run: RunFolder, config: dict, may_change, same_threads: bool) ->
     _warn_versions(run.path.name, record["environment"].get("versions", {}))
     return record
 
-# %% ../nbs/14_runs.ipynb #c229
+# %% ../nbs/14_runs.ipynb #c232
 def _start(run: RunFolder):
     "Begin at step 0: config.json first, so that from here on the folder is a run."
     for path in (run.history_file, run.metrics_file):
         path.unlink(missing_ok=True)
     write_json(run.config_file, dict(format=1, name=run.name, config=run.config, environment=environment(), resumed=[]))
 
-# %% ../nbs/14_runs.ipynb #c232
+# %% ../nbs/14_runs.ipynb #c235
 def _resume(run: RunFolder, may_change, same_threads: bool):
     "Find the step to go on from and put history back to it."
     record = _check_same(run, run.config, may_change, same_threads)
@@ -970,7 +991,7 @@ def _resume(run: RunFolder, may_change, same_threads: bool):
     note = dict(from_step=run.start_step, changed=config_differences(run.config, record["config"]), environment=environment())
     write_json(run.config_file, dict(record, config=run.config, resumed=[*record.get("resumed", []), note]))
 
-# %% ../nbs/14_runs.ipynb #c235
+# %% ../nbs/14_runs.ipynb #c238
 def _begin(run: RunFolder, resume: bool, may_change, same_threads: bool):
     "Start or go on, and say how in `run.message`."
     existed = run.exists()
@@ -985,7 +1006,7 @@ def _begin(run: RunFolder, resume: bool, may_change, same_threads: bool):
     how = f"goes on from step {run.start_step}" if run.resumed else nothing if resume else f"starts in {run.path}"
     run.message = f"run {run.name}: {how}"
 
-# %% ../nbs/14_runs.ipynb #c238
+# %% ../nbs/14_runs.ipynb #c241
 def open_run(
     name,  # "sd2" is reports/sd2; an absolute path is taken as it is
     config: dict,  # every parameter of the run

@@ -179,7 +179,7 @@ def check_sampling(s: "Sampling"):
 # %% ../nbs/17_sampling.ipynb #c033
 ADDED_PROMPT = "Cinematic, hyper sharpness, highly detailed, ultra HD, fine texture, perfect without deformations"
 _DEFAULTS = {"algorithm-1": dict(strength=0.5, guidance_scale=1.0, added_prompt="", negative_prompt=""), "framer-u": dict(strength=1.0, guidance_scale=1.0, added_prompt="", negative_prompt=NEGATIVE_PROMPT),
-             "framer-d": dict(strength=1.0, guidance_scale=8.0, added_prompt=ADDED_PROMPT, negative_prompt=NEGATIVE_PROMPT)}
+             "one-step": dict(strength=1.0, guidance_scale=1.0, added_prompt="", negative_prompt=""), "framer-d": dict(strength=1.0, guidance_scale=8.0, added_prompt=ADDED_PROMPT, negative_prompt=NEGATIVE_PROMPT)}
 
 # %% ../nbs/17_sampling.ipynb #c034
 def no_text(backbone) -> bool: return isinstance(backbone.text, NullText)
@@ -190,6 +190,7 @@ def resolve(
 ) -> Sampling:  # without None where the recipe has a value
     "Settings for a recipe. `ValueError` for one that the recipe has no use for."
     recipe, given = backbone.recipe, {k: v for k, v in asdict(settings).items() if v is not None}
+    if recipe == "one-step" and (given.get("steps", 1) != 1 or given.get("strength", 1) != 1): raise ValueError(f"steps={settings.steps}, strength={settings.strength}: this model takes one step from the small picture; leave both at None")
     if recipe == "framer-u" and (given.get("steps", 1) != 1 or given.get("strength", 1) != 1): raise ValueError(f"steps={settings.steps}, strength={settings.strength}: PiSA-SR takes one step from the small picture; leave both at None, and use lambda_pix and lambda_sem")
     if recipe != "framer-u" and (settings.lambda_pix, settings.lambda_sem) != (1.0, 1.0): raise ValueError(f"lambda_pix={settings.lambda_pix}, lambda_sem={settings.lambda_sem}: {recipe} has no adapters to turn up or down")
     if recipe != "framer-d" and settings.control_scale is not None: raise ValueError(f"control_scale={settings.control_scale}: {recipe} has no control maps")
@@ -268,6 +269,7 @@ def enlarge(
 def walk(backbone, s: Sampling) -> dict:
     "Arguments of a recipe's `restore`."
     if backbone.recipe == "framer-u": return dict(lambda_pix=s.lambda_pix, lambda_sem=s.lambda_sem)
+    if backbone.recipe == "one-step": return {}
     return dict(steps=s.steps, strength=s.strength, **({} if s.control_scale is None or backbone.recipe != "framer-d" else {"control_scale": s.control_scale}))
 
 def autocast(weight: Tensor):

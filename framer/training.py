@@ -8,10 +8,10 @@ Docs: https://framer-sr.github.io/framer/training.html.md"""
 __all__ = ['MAY_CHANGE', 'ModelChoice', 'TrainConfig', 'check_config', 'project_path', 'find_photographs', 'open_training_data',
            'middle', 'validation_pairs', 'step_generator', 'noise_loss', 'starting_noise', 'bicubic', 'mean_scores',
            'Parts', 'make_optimizer', 'enter_stage', 'plan_stages', 'recorded_pixel_steps', 'place', 'CachedText',
-           'build_backbone', 'build_parts', 'capture', 'restore_parts', 'history_terms', 'layers_row', 'read_layers',
-           'loss_parts', 'autocast', 'train_step', 'save_figure', 'walks', 'validate', 'averaged_weights',
-           'checkpoint_bytes', 'what_bits_depend_on', 'Log', 'go_on', 'record_validation', 'after_step', 'quarters',
-           'finish', 'ends', 'train']
+           'vae_of', 'build_backbone', 'new_accelerator', 'build_parts', 'capture', 'restore_parts', 'history_terms',
+           'layers_row', 'read_layers', 'loss_parts', 'autocast', 'train_step', 'save_figure', 'walks', 'validate',
+           'averaged_weights', 'checkpoint_bytes', 'what_bits_depend_on', 'Log', 'go_on', 'record_validation', 'spent',
+           'ending', 'after_step', 'quarters', 'finish', 'ends', 'train']
 
 # %% ../nbs/16_training.ipynb #c005
 import difflib
@@ -25,14 +25,15 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from .analysis import layer_similarity
-from .backbones import base_digest, check_settings, choose_recipe, ever_trained, load_backbone, restore, save_backbone
+from .backbones import ONE_STEP, base_digest, check_settings, choose_recipe, ever_trained, load_backbone, restore, save_backbone
 from .cache import PromptCache, fingerprint
 from .datasets import degraded_pair, pair_loader
 from .degradation import PRESETS
@@ -51,13 +52,14 @@ from .sources import open_dataset
 class ModelChoice:
     "Which model a run trains, from which weights, and what reads its captions."
     backbone: str = "sd2"             # "sd2" (U-Net) or "sd3" (MM-DiT)
-    recipe: str = "auto"              # "algorithm-1", "framer-u" (PiSA-SR, sd2), "framer-d" (DiT4SR, sd3); "auto": the first for random weights, the family's own for a pretrained base
+    recipe: str = "auto"              # "algorithm-1", "framer-u" (PiSA-SR, sd2), "framer-d" (DiT4SR, sd3), "one-step"; "auto": the first for random weights, the family's own for a pretrained base
     recipe_options: dict = field(default_factory=dict)  # settings of the recipe, e.g. {lpips_weight: 2.0} or {null_text: 0.1}
     trainable: str = "auto"           # "all", "added" (adapters, control maps), or "auto": all of a random model, what was added to a pretrained one
     pixel_steps: int = 0              # framer-u: steps of the pixel stage; 0 is the published share of `steps`, 4000 of 12500
     scale: str = "auto"               # "tiny" (trains on a laptop's CPU), "full", or "auto": full where GPU, memory and weights are there
     weights: str = "auto"             # "random", a folder, a hub repository; "auto": random at tiny scale, the family's own at full scale
     download: bool = False            # fetch weights that are not on this machine
+    vae: str = "auto"                 # autoencoder: "auto" (that of the weights' folder, else the bundled one), "bundled", or a folder
     text: str = "auto"                # text encoders: "auto" (those of the weights' folder), "none", or a folder
     t5_tokens: int = 77               # tokens of SD 3's T5; 0 does without it
     offload_text: bool = False        # text encoders stay on the CPU
@@ -78,7 +80,10 @@ class TrainConfig(ModelChoice):
     size: int = 128                   # side of the HR crop in pixels, a multiple of 32 (the paper: 512)
     batch_size: int = 8               # images a micro-step, over all processes together
     steps: int = 600                  # optimiser steps
-    learning_rate: float = 1.5e-3     # of AdamW, after warm-up constant
+    minutes: float = 0.0              # end after so many minutes of training, if that comes before `steps`; 0 does not
+    slice_minutes: float = 0.0        # pause after so many minutes, with a checkpoint that `resume` goes on from; 0 does not
+    learning_rate: float = 1.5e-3     # of AdamW, after warm-up
+    lr_scheduler: str = "constant_with_warmup"  # after warm-up: "constant_with_warmup", or "linear" or "cosine" down to 0 at `steps`
     warmup_steps: int = 50            # linear warm-up
     weight_decay: float = 1e-2        # of AdamW
     optimizer: str = "adamw"          # "adamw", or "adamw8bit" (bitsandbytes; moments in 8 bits)
@@ -94,6 +99,7 @@ class TrainConfig(ModelChoice):
     validate_every: int = 300         # steps between validations
     checkpoint_every: int = 150       # steps between checkpoints
     keep_checkpoints: int = 2         # how many to keep
+    checkpoint_file_mb: int = 0       # cut checkpoints into files of at most so many MB; 0 does not
     log_layers_every: int = 10        # steps between records of every layer
     tensorboard: bool = True          # write TensorBoard events, where tensorboard is installed
 
@@ -101,7 +107,7 @@ class TrainConfig(ModelChoice):
 
 # %% ../nbs/16_training.ipynb #c012
 _CHOICES = dict(backbone=("sd2", "sd3"), scale=("auto", "tiny", "full"), mixed_precision=("no", "bf16", "fp16"), preset=tuple(PRESETS),
-                recipe=("auto", "algorithm-1", "framer-u", "framer-d"), trainable=("auto", "all", "added"), optimizer=("adamw", "adamw8bit"))
+                recipe=("auto", "algorithm-1", "framer-u", "framer-d", "one-step"), lr_scheduler=("constant_with_warmup", "linear", "cosine"), trainable=("auto", "all", "added"), optimizer=("adamw", "adamw8bit"))
 
 # %% ../nbs/16_training.ipynb #c014
 def check_config(config: "TrainConfig"):
@@ -117,7 +123,7 @@ def check_config(config: "TrainConfig"):
     if not 0 <= config.ema_decay < 1: raise ValueError(f"ema_decay={config.ema_decay}: expected a number in [0, 1); 0 turns averaging off")
     for name in ("learning_rate", "max_grad_norm"):
         if not 0 < getattr(config, name) < float("inf"): raise ValueError(f"{name}={getattr(config, name)}: expected a number above 0")
-    for name in ("num_workers", "warmup_steps", "weight_decay", "seed", "pixel_steps", "t5_tokens"):
+    for name in ("num_workers", "warmup_steps", "weight_decay", "seed", "pixel_steps", "t5_tokens", "minutes", "slice_minutes", "checkpoint_file_mb"):
         if not 0 <= getattr(config, name) < float("inf"): raise ValueError(f"{name}={getattr(config, name)}: expected a number from 0 up")
     framer_config(config.framer_options)
     recipe = choose_recipe(config.backbone, config.recipe)
@@ -264,7 +270,8 @@ def enter_stage(parts: Parts, config: TrainConfig, stage: str):
     plain.train()
     parameters = [*parts.backbone.trainable_parameters(), *(parts.framer.parameters() if parts.framer else [])]
     optimizer = make_optimizer(parameters, config)
-    parts.lr_scheduler = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=config.warmup_steps)
+    first = next(f for f, name in parts.backbone.stages if name == stage)
+    parts.lr_scheduler = get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=max(config.steps - first, config.warmup_steps + 1))
     parts.model, parts.optimizer = parts.accelerator.prepare(plain, optimizer)
     parts.backbone.model = parts.model
 
@@ -293,7 +300,7 @@ def place(backbone, trained: list[str], config: TrainConfig, device):
     for name, p in backbone.model.named_parameters():
         if half and name not in names: p.data = p.data.to(half)
     if config.gradient_checkpointing: backbone.model.enable_gradient_checkpointing()
-    if backbone.recipe == "framer-u" and backbone.perceptual is None and backbone.config.lpips_weight and len(backbone.stages) > 1:
+    if backbone.recipe in ONE_STEP and backbone.perceptual is None and backbone.config.lpips_weight and backbone.stages[-1][1] != "pixel":
         backbone.perceptual = lpips_vgg(device)  # what it lacks is better said now than thousands of steps on
 
 # %% ../nbs/16_training.ipynb #c054
@@ -311,19 +318,32 @@ class CachedText:
     def __call__(self, captions: list[str]) -> dict: return {k: v.to(self.device) for k, v in self.cache.get_or_make([c or "" for c in captions], self.text).items()}
 
 # %% ../nbs/16_training.ipynb #c056
+def vae_of(config: TrainConfig) -> str:
+    "The autoencoder that a configuration names; a relative folder starts at the project's root."
+    return config.vae if config.vae in ("auto", "bundled", "random") else str(project_path(config.vae))
+
 def build_backbone(config: TrainConfig):
     "The backbone that a configuration asks for."
-    return load_backbone(config.backbone, scale=config.scale, weights=config.weights, seed=config.seed, recipe=config.recipe, trainable=config.trainable, text=config.text,
+    return load_backbone(config.backbone, scale=config.scale, weights=config.weights, seed=config.seed, recipe=config.recipe, trainable=config.trainable, vae=vae_of(config), text=config.text,
                          t5_tokens=config.t5_tokens, offload_text=config.offload_text, download=config.download, **config.recipe_options)
 
 # %% ../nbs/16_training.ipynb #c058
+def new_accelerator(
+    config: TrainConfig,
+) -> Accelerator:
+    "accelerate as the configuration asks for it, also where an earlier run of this process had another precision."
+    recorded = AcceleratorState._shared_state.get("_mixed_precision", config.mixed_precision)
+    if recorded != config.mixed_precision: AcceleratorState._reset_state()  # not of PartialState, which holds the process group
+    log_with = "tensorboard" if config.tensorboard and importlib.util.find_spec("tensorboard") else None
+    return Accelerator(mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps, log_with=log_with, project_dir=run_path(config.run))
+
+# %% ../nbs/16_training.ipynb #c061
 def build_parts(
     config: TrainConfig,
     log=print,  # told what was chosen
 ) -> Parts:
     "Model, FRAMER, optimiser, schedule and average, on the device that accelerate chose."
-    log_with = "tensorboard" if config.tensorboard and importlib.util.find_spec("tensorboard") else None
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps, log_with=log_with, project_dir=run_path(config.run))
+    accelerator = new_accelerator(config)
     set_seed(config.seed)
     backbone = build_backbone(config)
     if config.cache_text and isinstance(backbone.text, TextEncoders): backbone.text = CachedText(backbone.text, project_path(config.cache_text))
@@ -338,7 +358,7 @@ def build_parts(
     enter_stage(parts, config, backbone.stage_at(0))
     return parts
 
-# %% ../nbs/16_training.ipynb #c060
+# %% ../nbs/16_training.ipynb #c063
 def capture(
     parts: Parts,
 ) -> tuple[dict, dict]:  # tensors by group, and JSON-able state, as `save_checkpoint` takes them
@@ -356,7 +376,7 @@ def capture(
         state["ema"] = ema
     return tensors, state
 
-# %% ../nbs/16_training.ipynb #c063
+# %% ../nbs/16_training.ipynb #c066
 def restore_parts(
     parts: Parts,
     checkpoint,  # `runs.Checkpoint`
@@ -374,7 +394,7 @@ def restore_parts(
     if state["scaler"]: parts.accelerator.scaler.load_state_dict(state["scaler"])
     set_rng_state(tensors["random"], state["random"])
 
-# %% ../nbs/16_training.ipynb #c065
+# %% ../nbs/16_training.ipynb #c068
 def history_terms(
     framer: Framer | None,  # after `loss()`
 ) -> dict:  # means over layers and samples: intra, inter, weights, gates, share of closed HF gates
@@ -384,10 +404,10 @@ def history_terms(
     mean = {k: sum(r[k] for r in rows) / len(rows) for k in ("intra", "inter", "weight_lf", "weight_hf", "gate_lf", "gate_hf", "positive_lf", "positive_hf")}
     return dict(distill_loss=float(framer.terms.loss), **mean, closed_gates_hf=framer.terms.closed_gates()[1])
 
-# %% ../nbs/16_training.ipynb #c067
+# %% ../nbs/16_training.ipynb #c070
 _TERMS = ("positive_lf", "negative_lf", "positive_hf", "negative_hf", "intra", "inter", "weight_lf", "weight_hf", "gate_lf", "gate_hf", "loss")
 
-# %% ../nbs/16_training.ipynb #c068
+# %% ../nbs/16_training.ipynb #c071
 def layers_row(
     step: int,
     framer: Framer,  # after `loss()`
@@ -397,7 +417,7 @@ def layers_row(
     layers = framer.taps.names if framer.config.teacher == "random" else list(rows)
     return dict(step=step, **{f"{k}:{name}": rows[name][k] if name in rows else None for name in layers for k in _TERMS})
 
-# %% ../nbs/16_training.ipynb #c070
+# %% ../nbs/16_training.ipynb #c073
 def read_layers(
     path,  # layers.csv
 ) -> list[dict]:  # rows of step, layer and terms, in forward order; empty where there is no file
@@ -408,17 +428,17 @@ def read_layers(
         rows += [dict(step=wide["step"], layer=l, **{k: wide[f"{k}:{l}"] for k in _TERMS}) for l in layers if wide[f"loss:{l}"] is not None]
     return rows
 
-# %% ../nbs/16_training.ipynb #c074
+# %% ../nbs/16_training.ipynb #c077
 def loss_parts(accelerator: Accelerator, terms: dict) -> dict:
     "The parts of the backbone's loss, means over processes; nothing where there is only one part, the loss itself."
     return {k: float(accelerator.reduce(v.detach(), "mean")) for k, v in terms.items()} if len(terms) > 1 else {}
 
-# %% ../nbs/16_training.ipynb #c076
+# %% ../nbs/16_training.ipynb #c079
 def autocast(parts: Parts):
     "The context of a backbone's loss."
     return nullcontext() if parts.backbone.recipe == "algorithm-1" else parts.accelerator.autocast()
 
-# %% ../nbs/16_training.ipynb #c078
+# %% ../nbs/16_training.ipynb #c081
 def train_step(
     parts: Parts,
     batches: list[dict],  # one per micro-step
@@ -442,18 +462,18 @@ def train_step(
     if parts.ema: parts.ema.step(parts.trained_parameters)
     return dict({k: sum(r[k] for r in rows) / len(rows) for k in rows[0]}, grad_norm=float(norm), learning_rate=learning_rate)
 
-# %% ../nbs/16_training.ipynb #c080
+# %% ../nbs/16_training.ipynb #c083
 def save_figure(run: RunFolder, figure, name: str):
     "Write a figure to figures/<name>.png and close it."
     run.save_figure(figure, name)
     plt.close(figure)
 
-# %% ../nbs/16_training.ipynb #c082
+# %% ../nbs/16_training.ipynb #c085
 def walks(parts: Parts) -> dict:
     "Ways to sample held-out pictures: title of the row -> `strength`. PiSA-SR has one, its step from the LR picture."
-    return {"one step": 1.0} if parts.backbone.recipe == "framer-u" else {"from noise": 1.0, "from LR, half-way": 0.5}
+    return {"one step": 1.0} if parts.backbone.recipe in ONE_STEP else {"from noise": 1.0, "from LR, half-way": 0.5}
 
-# %% ../nbs/16_training.ipynb #c085
+# %% ../nbs/16_training.ipynb #c088
 def validate(
     parts: Parts,
     run: RunFolder,
@@ -471,7 +491,7 @@ def validate(
     scores = [mean_scores(v, hr) for v in made.values()]
     return scores[0], scores[1] if len(scores) > 1 else {}
 
-# %% ../nbs/16_training.ipynb #c087
+# %% ../nbs/16_training.ipynb #c090
 class averaged_weights:
     "Within this context the model has its averaged weights and is in evaluation mode."
     def __init__(self, parts: Parts): self.parts = parts
@@ -485,7 +505,7 @@ class averaged_weights:
         if self.parts.ema: self.parts.ema.restore(self.parts.trained_parameters)
         self.parts.backbone.model = self.parts.model.train()
 
-# %% ../nbs/16_training.ipynb #c089
+# %% ../nbs/16_training.ipynb #c092
 def checkpoint_bytes(
     parts: Parts,
     keep: int,  # checkpoints kept
@@ -496,10 +516,10 @@ def checkpoint_bytes(
     saved = sum(p.numel() * p.element_size() for p in parts.plain_model.parameters()) if parts.base else 0
     return (keep + 1) * (4 * model + 3 * heads) + saved + 50_000_000
 
-# %% ../nbs/16_training.ipynb #c090
-MAY_CHANGE = ("steps", "num_workers", "keep_checkpoints", "checkpoint_every", "validate_every", "tensorboard", "download", "offload_text", "cache_text")  # of no influence on the weights
-
 # %% ../nbs/16_training.ipynb #c093
+MAY_CHANGE = ("steps", "minutes", "slice_minutes", "checkpoint_file_mb", "num_workers", "keep_checkpoints", "checkpoint_every", "validate_every", "tensorboard", "download", "offload_text", "cache_text")  # of no influence on the weights
+
+# %% ../nbs/16_training.ipynb #c096
 def what_bits_depend_on(
     dataset,  # of training
     parts: Parts,
@@ -508,7 +528,7 @@ def what_bits_depend_on(
     accelerator = parts.accelerator
     return dict(processes=accelerator.num_processes, device=accelerator.device.type, recipe=parts.backbone.recipe, base=parts.base, photographs=len(dataset), digest=dataset.digest())
 
-# %% ../nbs/16_training.ipynb #c096
+# %% ../nbs/16_training.ipynb #c099
 class Log:
     "The files a run writes as it goes: history.csv, layers.csv, validation.csv, TensorBoard. Cut back to the checkpoint on resuming."
     def __init__(self, run: RunFolder, parts: Parts):
@@ -527,7 +547,7 @@ class Log:
         self.layers.close(); self.validation.close()
         for tracker in self.accelerator.trackers: tracker.finish()
 
-# %% ../nbs/16_training.ipynb #c097
+# %% ../nbs/16_training.ipynb #c100
 def go_on(
     parts: Parts,
     run: RunFolder,
@@ -539,7 +559,7 @@ def go_on(
     restore_parts(parts, checkpoint, config)
     return checkpoint.step
 
-# %% ../nbs/16_training.ipynb #c100
+# %% ../nbs/16_training.ipynb #c103
 def record_validation(parts: Parts, run: RunFolder, files: Log, pairs, config: TrainConfig, step: int):
     "Validate and write the means to validation.csv."
     files.validated = step, *(found := validate(parts, run, pairs, config, step))
@@ -547,19 +567,30 @@ def record_validation(parts: Parts, run: RunFolder, files: Log, pairs, config: T
     means = lambda s, suffix: {k + suffix: v for k, v in s.items() if isinstance(v, float)}
     files.validation.append(dict(step=step, **means(scores, ""), **means(near, "_from_lr")))
 
-# %% ../nbs/16_training.ipynb #c102
-def after_step(parts: Parts, run: RunFolder, files: Log, pairs, config: TrainConfig, row: dict, progress, on_log):
-    "Write what is due after a step."
-    step, last = row["step"], row["step"] == config.steps
+# %% ../nbs/16_training.ipynb #c105
+def spent(config: TrainConfig, rows: list[dict]) -> bool:
+    "Are the minutes of a run used up by these rows of history.csv?"
+    return bool(config.minutes) and sum(r["seconds"] for r in rows) >= 60 * config.minutes
+
+def ending(parts: Parts, config: TrainConfig, rows: list[dict], began: float) -> str:
+    "Does the run end here? \"finished\", \"paused\" (a slice that began at `began`, in seconds of time.monotonic, is over) or \"\"."
+    over = config.slice_minutes and time.monotonic() - began >= 60 * config.slice_minutes
+    why = ["finished" if rows[-1]["step"] >= config.steps or spent(config, rows) else "paused" if over else ""]
+    return broadcast_object_list(why)[0] if parts.accelerator.num_processes > 1 and (config.minutes or config.slice_minutes) else why[0]
+
+# %% ../nbs/16_training.ipynb #c108
+def after_step(parts: Parts, run: RunFolder, files: Log, pairs, config: TrainConfig, row: dict, ends: str, progress, on_log):
+    "Write what is due after a step; `ends` is what `ending` said of it."
+    step, last = row["step"], ends == "finished"
     due = lambda every: step % every == 0
     files.step(row)
     progress.set_postfix(loss=f"{row['noise_loss']:.4f}", framer=f"{row.get('distill_loss', 0):.3f}", lr=f"{row['learning_rate']:.1e}")
     if parts.framer and (step == 1 or last or due(config.log_layers_every)): files.layers.append(layers_row(step, parts.framer))
     if on_log and due(config.log_layers_every): on_log(files.recent)
     if last or due(config.validate_every): record_validation(parts, run, files, pairs, config, step)
-    if last or due(config.checkpoint_every): run.save_checkpoint(step, *capture(parts), keep=config.keep_checkpoints)
+    if ends or due(config.checkpoint_every): run.save_checkpoint(step, *capture(parts), keep=config.keep_checkpoints, max_file_bytes=config.checkpoint_file_mb * 1_000_000)
 
-# %% ../nbs/16_training.ipynb #c104
+# %% ../nbs/16_training.ipynb #c110
 def quarters(
     images: Tensor,  # (N, C, 2h, 2w)
 ) -> Tensor:  # (4N, C, h, w), the four quarters of an image one after another
@@ -567,18 +598,19 @@ def quarters(
     n, c, h, w = images.shape
     return images.reshape(n, c, 2, h // 2, 2, w // 2).permute(0, 2, 4, 1, 3, 5).reshape(4 * n, c, h // 2, w // 2)
 
-# %% ../nbs/16_training.ipynb #c106
+# %% ../nbs/16_training.ipynb #c112
 def finish(parts: Parts, run: RunFolder, files: Log, pairs, config: TrainConfig, log=print):
     "The end of a run: figures, layer similarities, metrics.json, and the model as diffusers saves it."
     hr, lr = (p.to(parts.accelerator.device) for p in pairs)
-    scores, near = files.validated[1:] if files.validated[0] == config.steps else validate(parts, run, pairs, config, config.steps)
+    steps = files.recent[-1]["step"]
+    scores, near = files.validated[1:] if files.validated[0] == steps else validate(parts, run, pairs, config, steps)
     with averaged_weights(parts):
         with torch.no_grad(), autocast(parts):
-            similarity = layer_similarity(parts.backbone, quarters(hr), quarters(lr), timesteps=(1,) if parts.backbone.recipe == "framer-u" else (300, 700), seed=config.seed)
+            similarity = layer_similarity(parts.backbone, quarters(hr), quarters(lr), timesteps=(1,) if parts.backbone.recipe in ONE_STEP else (300, 700), seed=config.seed)
             through = torch.cat([parts.backbone.decode(parts.backbone.encode(x[None] * 2 - 1)) for x in hr]).float() / 2 + 0.5
         save_backbone(parts.backbone, run.path / "model")
     rows = read_history(run.path / "validation.csv")
-    metrics = dict(steps=config.steps, recipe=parts.backbone.recipe, stages=[list(s) for s in parts.backbone.stages], bicubic=mean_scores(bicubic(pairs[1]), pairs[0]), autoencoder=mean_scores(through.cpu().clamp(0, 1), pairs[0]),
+    metrics = dict(steps=steps, minutes=sum(r["seconds"] for r in files.recent) / 60, recipe=parts.backbone.recipe, stages=[list(s) for s in parts.backbone.stages], bicubic=mean_scores(bicubic(pairs[1]), pairs[0]), autoencoder=mean_scores(through.cpu().clamp(0, 1), pairs[0]),
                    before={k: rows[0].get(k) for k in ("psnr", "ssim")}, after=scores, after_from_lr=near, noise_loss=ends(files.recent, "noise_loss"),
                    step_seconds_median=float(torch.tensor([r["seconds"] for r in files.recent]).median()), closed_gates_hf=ends(files.recent, "closed_gates_hf"), similarity=similarity)
     run.write_metrics(metrics)
@@ -586,7 +618,7 @@ def finish(parts: Parts, run: RunFolder, files: Log, pairs, config: TrainConfig,
     if parts.framer: save_figure(run, layer_figure(read_layers(run.path / "layers.csv"), config.run), "layers")
     log(f"finished: {run.path}")
 
-# %% ../nbs/16_training.ipynb #c108
+# %% ../nbs/16_training.ipynb #c114
 def ends(
     history: list[dict],  # rows of history.csv
     key: str,  # a column
@@ -597,7 +629,7 @@ def ends(
     n = max(1, round(len(values) * share))
     return dict(first=sum(values[:n]) / n, last=sum(values[-n:]) / n) if values else None
 
-# %% ../nbs/16_training.ipynb #c111
+# %% ../nbs/16_training.ipynb #c117
 def train(
     config: TrainConfig,
     on_log=None,  # called with all rows of history.csv so far, every `log_layers_every` steps
@@ -611,21 +643,26 @@ def train(
     record = dict(asdict(config), fixed=what_bits_depend_on(dataset, parts))
     run = open_run(config.run, record, config.resume, may_change=MAY_CHANGE, needed_bytes=checkpoint_bytes(parts, config.keep_checkpoints), log=log) if main else RunFolder(config.run)
     accelerator.wait_for_everyone()
-    files = None
+    files, began, ends = None, time.monotonic(), ""
     try:
         start = go_on(parts, run, config)
         if main: files = Log(run, parts)
         if main and start == 0: record_validation(parts, run, files, pairs, config, 0)
         micro = config.gradient_accumulation_steps
         batches = iter(pair_loader(dataset, config.batch_size, start_step=start * micro, steps=config.steps * micro, num_workers=config.num_workers, rank=accelerator.process_index, world=accelerator.num_processes))
-        progress = tqdm(range(start, config.steps), initial=start, total=config.steps, desc=config.run, disable=not main)
+        if spent(config, read_history(run.history_file)): ends = "finished"
+        progress = tqdm(range(start, start if ends else config.steps), initial=start, total=config.steps, desc=config.run, disable=not main)
         for step in progress:
             started = time.perf_counter()
             enter_stage(parts, config, parts.backbone.stage_at(step))
             row = train_step(parts, [next(batches) for _ in range(micro)], config, step)
-            if main: after_step(parts, run, files, pairs, config, dict(step=step + 1, **row, seconds=time.perf_counter() - started), progress, on_log)
+            row = dict(step=step + 1, **row, seconds=time.perf_counter() - started)
+            ends = ending(parts, config, [*files.recent, row] if main else [row], began)
+            if main: after_step(parts, run, files, pairs, config, row, ends, progress, on_log)
+            if ends: break
         if main and on_log: on_log(files.recent)
-        if main: finish(parts, run, files, pairs, config, log)
+        if main and ends != "paused": finish(parts, run, files, pairs, config, log)
+        if ends == "paused": log(f"paused after step {step + 1}: {run.path}; the same command with -p resume True goes on")
         accelerator.wait_for_everyone()
     finally:
         if files: files.close()

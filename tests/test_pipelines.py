@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from framer.autoencoder import load_autoencoder
-from framer.backbones import RECIPES, load_backbone, save_backbone
+from framer.backbones import ONE_STEP, RECIPES, load_backbone, save_backbone
 from framer.distill import Framer
 from framer.pipelines import PiSASRPipeline, pipeline_of
 from framer.sampling import Sampling, TiledAutoencoder, enlarge, load_trained
@@ -48,7 +48,7 @@ def test_framer_leaves_the_baselines_keys_and_cost(name, recipe, tmp_path):
         save_backbone(trained(name, recipe, framer), folder)
         keys = {k: v.shape for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
         loaded = load_trained(folder)
-        with FlopCounterMode(display=False) as flops: enlarge(loaded, torch.rand(3, 16, 24), Sampling(steps=None if recipe == "framer-u" else 2))
+        with FlopCounterMode(display=False) as flops: enlarge(loaded, torch.rand(3, 16, 24), Sampling(steps=None if recipe in ONE_STEP else 2))
         found[framer] = keys, flops.get_total_flops(), sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in loaded.model.modules())
     assert found[True] == found[False] and found[True][1] > 0 and found[True][2] == 0
 
@@ -88,7 +88,7 @@ def test_tiles_of_a_model_that_sees_no_neighbours_leave_no_seam(name, recipe):
     "With a prediction that depends on the place alone, tiles change nothing, for sizes below and above a tile."
     backbone = load_backbone(name, scale="tiny", recipe=recipe)
     backbone.predict = lambda latents, timesteps, condition, *more: 0.1 * latents + 0.2 * condition["lr_latents"]
-    steps = None if recipe == "framer-u" else 2
+    steps = None if recipe in ONE_STEP else 2
     for size in [(9, 70), (40, 40), (16, 33)]:
         x = torch.rand(3, *size)
         one, tiles = (enlarge(backbone, x, Sampling(steps=steps, tile=tile, overlap=8)) for tile in (160, 24))
@@ -104,7 +104,7 @@ def test_pipeline_folders_are_plain(name, recipe, tmp_path):
     again = load_trained(tmp_path)                                                        # the same folder serves `upscale`
     assert again.recipe == recipe or recipe == "framer-u" and again.recipe == "framer-u"
     picture = Image.new("RGBA", (11, 30), (10, 200, 90, 60))
-    made = type(pipeline).from_pretrained(tmp_path)(picture, num_inference_steps=None if recipe == "framer-u" else 2).images[0]
+    made = type(pipeline).from_pretrained(tmp_path)(picture, num_inference_steps=None if recipe in ONE_STEP else 2).images[0]
     assert made.size == (44, 120) and made.mode == "RGBA"
 
 

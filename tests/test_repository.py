@@ -19,7 +19,7 @@ FLOORS = {
     0: "kernels jpeg photographs metric_weights tiling",
     1: "masks losses modulation heads hooks degradation metrics parameters report",
     2: "distill",
-    3: "sd2 sd3 pisasr dit4sr scales backbones autoencoder objectives datasets sources shards pairs captions cache runs testsets",
+    3: "sd2 sd3 onestep pisasr dit4sr scales backbones autoencoder objectives datasets sources shards pairs captions cache runs testsets",
     4: "training sampling pipelines evaluation comparison study inventory figures analysis ablation",
 }
 FLOOR = {m: n for n, names in FLOORS.items() for m in names.split()}
