@@ -8,6 +8,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_precision_of_another_file():
+    "accelerate keeps one precision for a process: each file begins without, whatever ran before it in the same worker."
+    yield
+    if state := sys.modules.get("accelerate.state"): state.AcceleratorState._reset_state()
+
+
 @pytest.fixture(scope="session")
 def site(tmp_path_factory, request):
     "The documentation, built once into a folder of its own, also when pytest runs in several processes: (folder, result of docs/render.py)."

@@ -180,10 +180,11 @@ def test_a_row_that_stops_being_a_number_is_a_result(here, monkeypatch):
 
 
 def test_a_test_set_takes_the_place_of_held_out_crops(here):
-    job = "c/framer-0"
+    job, source = "c/framer-0", here / "reports/b/framer-0"
+    files = ("config.json", "metrics.json", "history.csv")
+    if lost := [name for name in (*files, "row.json") if not (source / name).is_file()]: pytest.skip(f"skipped: needs the runs of test_3, which left no {', '.join(lost)}")
     folder = run_path(job); folder.mkdir(parents=True, exist_ok=True)
-    if not (here / "reports/b/framer-0").exists(): pytest.skip("skipped: needs the runs of test_3")
-    for name in ("config.json", "metrics.json", "history.csv"): shutil.copy2(here / "reports/b/framer-0" / name, folder)
+    for name in files: shutil.copy2(source / name, folder)
     record = json.loads((here / "reports/b/framer-0/row.json").read_text())
     (folder / "row.json").write_text(json.dumps(dict(record, test=dict(means=dict(psnr=20.5), missing={}, count=1, protocol="framer", versions={}))))
     assert ab.row_numbers(job)["values"]["psnr"] == 20.5 and ab.row_numbers("b/framer-0")["values"]["psnr"] != 20.5

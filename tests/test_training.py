@@ -159,12 +159,13 @@ def test_no_network_is_needed(tmp_path):
 
 
 def test_two_processes_train_one_model(tmp_path):
-    "Two CPU processes (gloo): one history, and both end with the same weights, heads and average."
+    "Two CPU processes (gloo): one history, and both end with the same weights, heads and average. A second run in another precision keeps their group."
     program = tmp_path / "two.py"
     keep = "import framer.training as t; old, kept = t.go_on, []; t.go_on = lambda parts, *a: (kept.append(parts), old(parts, *a))[1]"
     tell = ("p = kept[0]; sums = [float(sum(x.double().sum() for x in xs)) for xs in (p.plain_model.parameters(), p.framer.parameters(), p.ema.shadow_params)]; "
             "open(f'ends-{p.accelerator.process_index}.txt', 'w').write(f'{p.accelerator.num_processes} {sums}')")
-    program.write_text(script(keep, tell, run="two", steps=3, framer_options=dict(teacher="random"), log_layers_every=1))
+    again = f"train(TrainConfig(**{dict(QUICK, run='half', steps=1, mixed_precision='bf16')!r})); open(f'half-{{kept[1].accelerator.process_index}}.txt', 'w').write(f'{{kept[1].accelerator.num_processes}} {{kept[1].accelerator.mixed_precision}}')"
+    program.write_text(script(keep, tell + "\n" + again, run="two", steps=3, framer_options=dict(teacher="random"), log_layers_every=1))
     env = dict(os.environ, FRAMER_ROOT=str(tmp_path), OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), ACCELERATE_USE_CPU="true")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
     done = subprocess.run(command, env=env, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
@@ -173,6 +174,7 @@ def test_two_processes_train_one_model(tmp_path):
     assert ends[0] == ends[1] and ends[0].startswith("2 "), ends
     run = tmp_path / "reports" / "two"
     assert [r["step"] for r in read_history(run)] == [1, 2, 3] and (run / "model" / "config.json").exists()
+    assert [(tmp_path / f"half-{rank}.txt").read_text() for rank in (0, 1)] == ["2 bf16", "2 bf16"] and len(read_history(tmp_path / "reports" / "half")) == 1
 
 
 def test_photographs_of_a_resumed_run_are_the_same(photographs, tmp_path):
@@ -216,6 +218,12 @@ def test_stages_resume_bit_identical(here):
     assert changed and all(".semantic." in k for k in changed)                            # no decay, no momentum on anything else
     assert {"l2", "lpips", "csd"} <= set(read_history(whole)[0])
     assert set(load_file(whole / "model" / "diffusion_pytorch_model.safetensors")) == set(new_model("sd2", "unet", "tiny").state_dict())
+
+
+def test_runs_of_one_process_may_differ_in_precision(here):
+    "And the second in full precision is the first, to the last bit."
+    first, half, last = (here(f"p{k}", steps=1, mixed_precision=p) for k, p in enumerate(("no", "bf16", "no")))
+    assert history_differences(first, last) == [] and read_history(first)[0]["distill_loss"] != read_history(half)[0]["distill_loss"]
 
 
 def test_a_frozen_base_is_neither_changed_nor_copied(here, tmp_path):
