@@ -2,13 +2,14 @@
 
 nbdev prepares the pages (`proc_nbs`: signatures, links between pages), this file turns what nbdev wrote for Quarto into
 MyST, and Sphinx builds it. Pages show the outputs that are stored in the notebooks. A warning is an error."""
-import argparse, os, re, shutil, subprocess, sys, tarfile, tempfile
+import argparse, functools, os, re, shutil, subprocess, sys, tarfile, tempfile
 from pathlib import Path
 import nbformat as nf
 from nbdev.config import get_config
 from nbdev.serve import proc_nbs
 
 HERE = Path(__file__).resolve().parent
+PICTURES = 'reports-figures'   # beside the pages: the pictures of reports/figures
 MATHJAX = HERE/'_static'/'tex-svg.js'
 _directive = re.compile(r'^#\|\s*([\w-]+)\s*:?\s*(.*)$')
 
@@ -30,9 +31,11 @@ def directives(source):
     return dict(_directive.match(l).groups() for l in lines[:n]), '\n'.join(lines[n:])
 
 def links(md, base):
-    "nbdev's links to our own pages become page-relative; links between notebooks lose the number that their pages lose; files outside nbs/ are shown by the repository's host"
+    "nbdev's links to our own pages become page-relative; links between notebooks go to their pages; files outside nbs/ are shown by the repository's host, pictures of reports/figures by the page"
+    md = re.sub(r'(!\[[^\]]*\])\(\.\./reports/figures/', rf'\1({PICTURES}/', md)   # write_pages copies them
+    md = re.sub(r'\]\(\.\./nbs/(?=[\w-]+\.ipynb)', '](', md)
     md = re.sub(r'\]\(\.\./(?!\.)', '](' + get_config().git_url.rstrip('/') + '/blob/main/', md)
-    md = re.sub(r'\]\((\d+[a-z]?_\w+)\.ipynb', lambda m: f']({page_name(m[1])}.ipynb', md)
+    md = re.sub(r'\]\(([\w-]+)\.ipynb', lambda m: f']({names().get(m[1], m[1])}.ipynb', md)
     return re.sub(r'\[`([^`]+)`\]\(' + re.escape(base) + r'(\S+?)\)', r'<a href="\2"><code>\1</code></a>', md)
 
 def signature(md):
@@ -62,6 +65,8 @@ def code_cell(cell, base, said):
     exported = {'export', 'exporti'} & said.get(source.strip(), set())
     if {'hide', 'default_exp'} & said.get(source.strip(), set()) or not source.strip() or (exported and only_imports(source)): return None
     tags = ['hide-input'] if exported else ['remove-input'] if told.get('echo') == 'false' else []
+    if 'remove-input' in tags and cell.outputs and all('text/markdown' in o.get('data', {}) for o in cell.outputs):   # text that code wrote is text of the page
+        return nf.v4.new_markdown_cell(links('\n\n'.join(''.join(o.data['text/markdown']) for o in cell.outputs), base))
     outputs = [o for o in cell.outputs if 'application/vnd.jupyter.widget-view+json' not in o.get('data', {})]
     return nf.v4.new_code_cell(source, outputs=outputs, metadata=dict(tags=tags))
 
@@ -79,9 +84,18 @@ def convert(nb, base, original):
     for i, c in enumerate(cells): c.id = f'c{i}'
     return nf.v4.new_notebook(cells=cells, metadata=dict(language_info=dict(name='python')))
 
-def page_name(stem):
-    "`01_losses` -> `losses`, the name that nbdev's links use"
-    return re.sub(r'^\d+[a-z]?_', '', stem)
+def page_names(stems):
+    "Notebook -> page. `18_figures` -> `figures`, the name that nbdev's links use; `figures` steps aside for it -> `figures-notebook`"
+    modules = {s: re.sub(r'^\d+[a-z]?_', '', s) for s in stems if s[0].isdigit()}
+    pages = {s: modules.get(s) or (f'{s}-notebook' if s in modules.values() else s) for s in stems}
+    for page in pages.values():
+        if len(same := [s for s in pages if pages[s] == page]) > 1: raise ValueError(f'{", ".join(f"{s}.ipynb" for s in sorted(same))} would all be the page {page}.html: give them names of their own')
+    return pages
+
+@functools.cache
+def names():
+    "The pages of this project's notebooks"
+    return page_names([p.stem for p in get_config().nbs_path.glob('*.ipynb')])
 
 def contents(notebooks):
     "The side bar: first the notebooks that do a job, then the modules in reading order"
@@ -89,18 +103,20 @@ def contents(notebooks):
     first = ['train', 'upscale', 'prepare', 'recipes', 'caption', 'evaluate', 'user_study', 'compare', 'figures', 'stability', 'qualitative', 'gallery', 'ablate', 'hypotheses']
     jobs.sort(key=lambda n: (first.index(n) if n in first else len(first), n))
     tree = lambda caption, names: f'```{{toctree}}\n:hidden:\n:caption: {caption}\n\n' + '\n'.join(names) + '\n```\n' if names else ''
-    return tree('Notebooks', jobs) + '\n' + tree('Modules', [page_name(n) for n in notebooks if n[0].isdigit()])
+    return tree('Notebooks', [names()[n] for n in jobs]) + '\n' + tree('Modules', [names()[n] for n in notebooks if n[0].isdigit()])
 
 def write_pages(cfg, cache):
     "All pages for Sphinx in _proc/_sphinx"
     pages = cfg.config_path/'_proc'/'_sphinx'; shutil.rmtree(pages, ignore_errors=True); pages.mkdir()
     base = cfg.doc_url.rstrip('/') + '/'
-    notebooks = sorted(cache.glob('*.ipynb'))
+    notebooks = sorted(p for p in cache.glob('*.ipynb') if p.stem in names())   # the cache may still hold a notebook that is gone
     for p in notebooks:
         nb = convert(nf.read(p, 4), base, nf.read(cfg.nbs_path/p.name, 4))
         if p.stem == 'index': nb.cells.append(nf.v4.new_markdown_cell(contents([n.stem for n in notebooks]), id='contents'))
-        nf.write(nb, pages/(page_name(p.stem) + '.ipynb'))
+        nf.write(nb, pages/(names()[p.stem] + '.ipynb'))
     if (cache/'images').is_dir(): shutil.copytree(cache/'images', pages/'images')
+    pictures = cfg.config_path/'reports'/'figures'
+    if pictures.is_dir(): shutil.copytree(pictures, pages/PICTURES, ignore=shutil.ignore_patterns('*.md', '*.json'))
     return pages
 
 def main():
@@ -108,7 +124,10 @@ def main():
     ap.add_argument('--out', default='_docs', help='folder for the site')
     ap.add_argument('--force', action='store_true', help='process every notebook anew')
     args = ap.parse_args()
-    cfg = get_config(); mathjax()
+    cfg = get_config()
+    try: names()
+    except ValueError as e: sys.exit(f'{e}')
+    mathjax()
     os.environ.setdefault('OMP_NUM_THREADS', '1')
     pages = write_pages(cfg, proc_nbs(n_workers=min(4, os.cpu_count() or 1), force=args.force))
     out = (cfg.config_path/args.out).resolve()
