@@ -75,5 +75,5 @@ distclean: clean
 .PHONY: examples
 examples: $(VENV)/.train
 	@for b in sd2 sd3; do for f in True False; do n=examples/$$b-$$([ $$f = True ] && echo framer || echo baseline); mkdir -p reports/$$n; \
-	OMP_NUM_THREADS=1 $(BIN)/papermill nbs/train.ipynb reports/$$n/train.ipynb -k python3 -p backbone $$b -p framer $$f -p run $$n -p num_workers 0 -p tensorboard False </dev/null || exit 1; done; done
+	OMP_NUM_THREADS=1 $(BIN)/papermill nbs/train.ipynb reports/$$n/train.ipynb -k python3 -p backbone $$b -p framer $$f -p weights random -p run $$n -p num_workers 0 -p tensorboard False </dev/null || exit 1; done; done
 	$(BIN)/papermill nbs/compare.ipynb reports/examples/compare.ipynb -k python3 -p out nbs/images </dev/null

@@ -207,12 +207,13 @@ class Fit:
                  perceptual=None, # function of two batches in [-1, 1] -> (B,), e.g. LPIPS; None is none
                  perceptual_weight: float = 1.0, # of its mean
                  decoder_only: bool = False, # encoder and latents stay as they are
+                 device="cpu", # where `vae` is
                  ):
         if not steps and not minutes: raise ValueError("give a budget: steps=... or minutes=...")
         self.vae, self.crops, self.steps, self.minutes, self.lr, self.warmup = vae.train(), crops, steps, minutes, lr, warmup
         self.kl_weight, self.gradient_weight, self.ema, self.mixed_precision = kl_weight, gradient_weight, ema, mixed_precision
         self.vae.to(memory_format=torch.channels_last)
-        self.half_until, self.perceptual, self.perceptual_weight, self.decoder_only = half_until, perceptual, perceptual_weight, decoder_only
+        self.half_until, self.perceptual, self.perceptual_weight, self.decoder_only, self.device = half_until, perceptual, perceptual_weight, decoder_only, torch.device(device)
         for part in (vae.encoder, vae.quant_conv): part.requires_grad_(not decoder_only)
         self.optimizer = torch.optim.AdamW([p for p in vae.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
         self.average = {k: v.detach().clone() for k, v in vae.state_dict().items()}
@@ -233,9 +234,9 @@ def fit_step(fit: Fit, # the training
     "One optimiser step on the next batch. A loss that is not finite is a `FloatingPointError` and leaves the weights alone."
     start, lr = time.perf_counter(), _rate(fit)
     for group in fit.optimizer.param_groups: group["lr"] = lr
-    images = fit.crops.batch(fit.done_steps, fit.crops.crop // 2 if fit.progress < fit.half_until else 0).to(memory_format=torch.channels_last)
+    images = fit.crops.batch(fit.done_steps, fit.crops.crop // 2 if fit.progress < fit.half_until else 0).to(fit.device, memory_format=torch.channels_last)
     g = torch.Generator().manual_seed(fit.crops.seed * 7_000_003 + fit.done_steps)
-    with torch.autocast("cpu", torch.bfloat16, enabled=fit.mixed_precision):
+    with torch.autocast(fit.device.type, torch.bfloat16, enabled=fit.mixed_precision):
         with torch.set_grad_enabled(not fit.decoder_only): posterior = fit.vae.encode(images).latent_dist
         output = fit.vae.decode(posterior.sample(g)).sample.float()
         seen = fit.perceptual(output, images).float().mean() if fit.perceptual else 0.0

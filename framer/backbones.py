@@ -175,7 +175,7 @@ def _named(backbone, why: str):
 def load_backbone(
     name: str = "sd2",  # "sd2" (U-Net) or "sd3" (MM-DiT)
     scale: str = "auto",  # "auto", "tiny" or "full"
-    weights: str | Path = "auto",  # "random", a folder, a hub repository, or "auto": random at tiny scale, the family's own at full scale
+    weights: str | Path = "auto",  # "random", "small" (the package's own), a folder, a hub repository, or "auto": random at tiny scale, the family's own at full scale
     seed: int = 0,  # of random weights
     recipe: str = "auto",  # "auto", "algorithm-1", "framer-u", "framer-d" or "one-step"
     trainable: str = "auto",  # "all", "added" (adapters or control maps), or "auto": all of a random model, what was added to a pretrained one
@@ -190,6 +190,7 @@ def load_backbone(
     choose_recipe(name, recipe)
     if trainable not in ("auto", "all", "added"): raise ValueError(f"trainable={trainable!r}: expected 'auto', 'all' or 'added'")
     named = str(weights) not in ("auto", "random")
+    if str(weights) == "small" and scale == "full": raise ValueError("scale='full' with weights='small': the package's small models are tiny; give weights='random', a folder or a hub repository")
     scale, why = ("", "") if named else choose_scale(scale, name, weights)
     if not named and (scale == "tiny" or str(weights) == "random"):
         recipe = choose_recipe(name, recipe); check_settings(recipe, options)

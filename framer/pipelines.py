@@ -173,7 +173,7 @@ def pipeline_of(
 
 # %% ../nbs/17a_pipelines.ipynb #c030
 def load_pipeline(
-    weights: str | Path | None = None,  # name of a run, its folder, a model's or a pipeline's folder; None: the newest run
+    weights: str | Path | None = "small",  # name of a run, its folder, a model's or a pipeline's folder, or "small", "small-sd2", "small-sd3": the package's own models; None: the newest run
     device: str | torch.device = "cpu",
     **options,  # of `load_backbone`: vae, text, ...
 ) -> EnlargePipeline:
@@ -219,7 +219,7 @@ def one_file(pipeline, source: Path, target: Path, facts: dict, prompt, overwrit
 def upscale_files(
     folder_in: str | Path,  # pictures, also in subfolders
     folder_out: str | Path,  # gets a PNG for each
-    pipeline=None,  # a pipeline, the name of a run, or a folder; None: the newest run
+    pipeline="small",  # a pipeline, the name of a run, a folder, or "small", "small-sd2", "small-sd3": the package's own models; None: the newest run
     captions=None,  # name or stem -> text (`captions.read_captions`), a text for all, a function of the picture, or None
     seed: int = 0,  # of the noise
     overwrite: bool = False,  # replace results that were made with other settings

@@ -6,7 +6,8 @@ Docs: https://framer-sr.github.io/framer/scales.html.md"""
 
 # %% auto #0
 __all__ = ['FULL', 'TINY', 'MODEL_PART', 'HUB', 'part_class', 'new_model', 'count', 'training_memory', 'check_file', 'check_part',
-           'find_weights', 'read_part', 'choose_scale', 'NullText', 'TextEncoders', 'read_text', 'tiny_text']
+           'small_folder', 'find_weights', 'read_part', 'choose_scale', 'NullText', 'TextEncoders', 'read_text',
+           'tiny_text']
 
 # %% ../nbs/12b_scales.ipynb #c004
 import importlib
@@ -16,6 +17,7 @@ import string
 import torch
 from collections import OrderedDict
 from functools import lru_cache
+from importlib.resources import files
 from pathlib import Path
 from torch import Tensor
 
@@ -170,14 +172,24 @@ def check_part(folder: str | Path):
     except ValueError as error: raise ValueError(f"{folder / 'config.json'} is not JSON ({error}): fetch it again") from None
     for path in found: check_file(path)
 
+# %% ../nbs/12b_scales.ipynb #s002
+def small_folder(
+    family: str,  # "sd2" or "sd3"
+) -> Path:  # holds unet/ or transformer/, vae/ and framer.json
+    "The small pretrained model that comes with the package."
+    folder = Path(str(files("framer"))) / "weights" / f"small-{family}"
+    if not folder.is_dir(): raise FileNotFoundError(f"{folder} is not there: this copy of the package came without its small models; install it again, or give weights='random' or a folder")
+    return folder
+
 # %% ../nbs/12b_scales.ipynb #c037
 def find_weights(
     family: str,  # "sd2" or "sd3"
-    weights: str | Path = "auto",  # a folder, a hub repository, or "auto": the family's own repositories
+    weights: str | Path = "auto",  # a folder, a hub repository, "small" (the package's own), or "auto": the family's own repositories
     parts: tuple[str, ...] = (),  # wanted, e.g. ("unet", "vae"); empty: the model and the autoencoder
     download: bool = False,  # fetch what is not on this machine
 ) -> tuple[Path, str]:  # a folder, and the name it goes by
     "The folder that holds a family's weights. `FileNotFoundError` naming everything that was tried, what it said, and the way out."
+    if str(weights) == "small": return small_folder(family), "small"
     if str(weights) != "auto" and Path(weights).expanduser().exists(): return Path(weights).expanduser(), str(weights)
     if str(weights) != "auto" and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(weights)): check_part(weights)  # names what is wrong
     return _from_hub(family, HUB[family] if str(weights) == "auto" else (str(weights),), parts or (MODEL_PART[family], "vae"), download)

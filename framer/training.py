@@ -57,7 +57,7 @@ class ModelChoice:
     trainable: str = "auto"           # "all", "added" (adapters, control maps), or "auto": all of a random model, what was added to a pretrained one
     pixel_steps: int = 0              # framer-u: steps of the pixel stage; 0 is the published share of `steps`, 4000 of 12500
     scale: str = "auto"               # "tiny" (trains on a laptop's CPU), "full", or "auto": full where GPU, memory and weights are there
-    weights: str = "auto"             # "random", a folder, a hub repository; "auto": random at tiny scale, the family's own at full scale
+    weights: str = "auto"             # "random", "small" (the package's own), a folder, a hub repository; "auto": random at tiny scale, the family's own at full scale
     download: bool = False            # fetch weights that are not on this machine
     vae: str = "auto"                 # autoencoder: "auto" (that of the weights' folder, else the bundled one), "bundled", or a folder
     text: str = "auto"                # text encoders: "auto" (those of the weights' folder), "none", or a folder
@@ -79,10 +79,10 @@ class TrainConfig(ModelChoice):
     preset: str = "seesr_strong"      # degradation: "seesr_strong" (the paper's Table 6) or "seesr_light"
     size: int = 128                   # side of the HR crop in pixels, a multiple of 32 (the paper: 512)
     batch_size: int = 8               # images a micro-step, over all processes together
-    steps: int = 600                  # optimiser steps
+    steps: int = 600                  # optimiser steps; 0: 600 from nothing, 150 from weights of this package's size
     minutes: float = 0.0              # end after so many minutes of training, if that comes before `steps`; 0 does not
     slice_minutes: float = 0.0        # pause after so many minutes, with a checkpoint that `resume` goes on from; 0 does not
-    learning_rate: float = 1.5e-3     # of AdamW, after warm-up
+    learning_rate: float = 1.5e-3     # of AdamW, after warm-up; 0: 1.5e-3 from nothing, 2e-4 from trained weights
     lr_scheduler: str = "constant_with_warmup"  # after warm-up: "constant_with_warmup", or "linear" or "cosine" down to 0 at `steps`
     warmup_steps: int = 50            # linear warm-up
     weight_decay: float = 1e-2        # of AdamW
@@ -103,7 +103,10 @@ class TrainConfig(ModelChoice):
     log_layers_every: int = 10        # steps between records of every layer
     tensorboard: bool = True          # write TensorBoard events, where tensorboard is installed
 
-    def __post_init__(self): check_config(self)
+    def __post_init__(self):
+        new = self.weights in ("auto", "random")
+        self.steps, self.learning_rate = self.steps or (600 if new else 150), self.learning_rate or (1.5e-3 if new else 2e-4)
+        check_config(self)
 
 # %% ../nbs/16_training.ipynb #c012
 _CHOICES = dict(backbone=("sd2", "sd3"), scale=("auto", "tiny", "full"), mixed_precision=("no", "bf16", "fp16"), preset=tuple(PRESETS),

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-QUICK = dict(steps=3, size=64, batch_size=2, validation_size=64, sampling_steps=2, num_workers=0, log_layers_every=1, checkpoint_every=2, tensorboard=False)
+QUICK = dict(weights="random", steps=3, learning_rate=1.5e-3, size=64, batch_size=2, validation_size=64, sampling_steps=2, num_workers=0, log_layers_every=1, checkpoint_every=2, tensorboard=False)
 
 
 def papermill(notebook, output, cwd, root=ROOT, **parameters):
