@@ -41,7 +41,7 @@ from .distill import Framer, framer_config
 from .figures import image_grid, layer_figure, loss_figure, save_samples, similarity_figure
 from .metrics import score
 from .photographs import load_photograph, scan_photographs
-from .pisasr import lpips_vgg
+from .onestep import lpips_loss
 from .runs import (History, RunFolder, open_run, pack_optimizer, project_root, read_history, rng_state, run_path, set_rng_state, truncate_history,
                          unpack_optimizer)
 from .scales import TextEncoders
@@ -304,7 +304,7 @@ def place(backbone, trained: list[str], config: TrainConfig, device):
         if half and name not in names: p.data = p.data.to(half)
     if config.gradient_checkpointing: backbone.model.enable_gradient_checkpointing()
     if backbone.recipe in ONE_STEP and backbone.perceptual is None and backbone.config.lpips_weight and backbone.stages[-1][1] != "pixel":
-        backbone.perceptual = lpips_vgg(device)  # what it lacks is better said now than thousands of steps on
+        backbone.perceptual = lpips_loss(getattr(backbone.config, "lpips_net", "vgg"), device)  # what it lacks is better said now than thousands of steps on
 
 # %% ../nbs/16_training.ipynb #c054
 class CachedText:
