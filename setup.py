@@ -11,7 +11,7 @@ extras['dev'] = sorted({r for name, rs in extras.items() if name != 'memory' for
 setup(
     keywords=cfg['keywords'].split(),
     packages=find_packages(include=[lib, f'{lib}.*']), include_package_data=False,
-    package_data={lib: ['weights/*/*.safetensors', 'weights/*/*.json', 'weights/*/*.md', 'assets/*.html', 'assets/*.json']},
+    package_data={lib: ['weights/*/*.safetensors', 'weights/*/*.json', 'weights/*/*.md', 'weights/*/*/*.safetensors', 'weights/*/*/*.json', 'assets/*.html', 'assets/*.json']},
     install_requires=cfg['requirements'].split(), extras_require=extras,
     entry_points={'nbdev': [f'{lib} = {lib}._modidx:d']},
 )

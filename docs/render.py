@@ -100,7 +100,7 @@ def names():
 def contents(notebooks):
     "The side bar: first the notebooks that do a job, then the modules in reading order"
     jobs = [n for n in notebooks if not n[0].isdigit() and n != 'index']
-    first = ['train', 'upscale', 'prepare', 'recipes', 'caption', 'evaluate', 'user_study', 'compare', 'figures', 'stability', 'qualitative', 'gallery', 'ablate', 'hypotheses']
+    first = ['train', 'upscale', 'pretrain', 'small_models', 'prepare', 'recipes', 'caption', 'evaluate', 'user_study', 'compare', 'figures', 'stability', 'qualitative', 'gallery', 'ablate', 'hypotheses']
     jobs.sort(key=lambda n: (first.index(n) if n in first else len(first), n))
     tree = lambda caption, names: f'```{{toctree}}\n:hidden:\n:caption: {caption}\n\n' + '\n'.join(names) + '\n```\n' if names else ''
     return tree('Notebooks', [names()[n] for n in jobs]) + '\n' + tree('Modules', [names()[n] for n in notebooks if n[0].isdigit()])

@@ -6,9 +6,9 @@ Docs: https://framer-sr.github.io/framer/small.html.md"""
 
 # %% auto #0
 __all__ = ['ARMS', 'CHANNELS', 'BAR', 'SmallConfig', 'check_small', 'decoder_folder', 'base_config', 'second_config', 'arm_name',
-           'arm_config', 'plan_small', 'sharpen_decoder', 'finished', 'train_small', 'export_small', 'score_file',
-           'score_set', 'enlarge_set', 'held_out_set', 'yardsticks', 'arm_table', 'arms_markdown', 'seed_mean_rows',
-           'arm_differences', 'distance_to_bar', 'diagnosis']
+           'arm_config', 'plan_small', 'sharpen_decoder', 'finished', 'train_small', 'export_small', 'run_facts',
+           'small_card', 'score_file', 'score_set', 'enlarge_set', 'held_out_set', 'yardsticks', 'arm_table',
+           'arms_markdown', 'seed_mean_rows', 'arm_differences', 'distance_to_bar', 'diagnosis']
 
 # %% ../nbs/27_small.ipynb #c005
 import json
@@ -32,6 +32,7 @@ from .pipelines import load_pipeline, upscale_files
 from .pisasr import lpips_vgg
 from .runs import environment, project_root, read_history, run_path, write_json
 from .sampling import save_png, to_image
+from .scales import count
 from .training import TrainConfig, middle, project_path, train
 
 # %% ../nbs/27_small.ipynb #c008
@@ -179,6 +180,51 @@ def export_small(
     if large: raise ValueError(f"a file of weights is larger than 16 MB: {', '.join(large)}")
     shutil.rmtree(folder, ignore_errors=True); aside.replace(folder)
     return folder
+
+# %% ../nbs/27_small.ipynb #sc02
+def run_facts(
+    run: str,  # a finished run
+) -> dict:  # steps, minutes, batch, size, learning rate, commit, hardware, versions
+    "What a run's own records say about its making."
+    record = json.loads((run_path(run) / "config.json").read_text())
+    config, made, metrics = record["config"], record["environment"], json.loads((run_path(run) / "metrics.json").read_text())
+    gpus = made["hardware"]["gpus"]
+    return dict(steps=metrics["steps"], minutes=metrics["minutes"], batch_size=config["batch_size"], size=config["size"], learning_rate=config["learning_rate"], photographs=config["fixed"]["photographs"],
+                commit=((made["git"] or {}).get("commit") or "unknown")[:10], hardware=gpus[0] if gpus else f"{made['hardware']['threads']} thread(s) of one {made['hardware']['cpu']}", versions=made["versions"])
+
+# %% ../nbs/27_small.ipynb #sc04
+def small_card(
+    c: SmallConfig,
+    arm: str, seed: int,  # the arm whose weights are given away
+    tables: list[str] = (),  # Markdown tables of scores
+    about: str = "",  # of the data; "" is the configuration's
+) -> str:  # Markdown
+    "README.md of a small model."
+    phases = [run_facts(r.run) | {"run": r.run} for r in plan_small(c)[: 1 + bool(c.second_minutes)]] + [run_facts(arm_name(c, arm, seed)) | {"run": arm_name(c, arm, seed)}]
+    budget = "\n".join(f"| {p['run']} | {p['steps']} | {p['batch_size']} x {p['size']} px | {p['learning_rate']:g} | {p['minutes']:.1f} | {p['hardware']} | {p['commit']} |" for p in phases)
+    options = c.arms[arm]
+    used = f"in the last phase, options {json.dumps(options)} (empty: the defaults, the paper's method)" if options is not None else "not used"
+    return f"""# Small {c.backbone} model, {"FRAMER" if options is not None else "baseline"}
+
+A {'U-Net' if c.backbone == 'sd2' else 'MM-DiT'} of {count(c.backbone, MODEL_PART[c.backbone], 'tiny')['parameters'] / 1e6:.2f} M parameters that enlarges photographs four times in one step, and its autoencoder, as diffusers saves them, in float16. Made by `nbs/pretrain.ipynb`.
+
+- **Use**: `framer.sampling.upscale("photo.jpg", "small-{c.backbone}")`, or `load_backbone("{c.backbone}", weights="small")` to train from.
+- **Data**: {phases[-1]['photographs']} pictures, degraded by `seesr_strong`. {about or c.about}
+- **Budget**: decoder {c.decoder_minutes:g} minutes; then
+
+| phase | steps | batch | learning rate | minutes | hardware | commit |
+| --- | --- | --- | --- | --- | --- | --- |
+{budget}
+
+- **FRAMER**: {used}; nothing of it is in the weights' keys or in inference. Losses: absolute error of latents and of pixels, and LPIPS ({c.lpips_net}, weight {c.lpips_weight:g}).
+- **Versions**: torch {phases[-1]['versions']['torch']}, diffusers {phases[-1]['versions']['diffusers']}.
+- **Limits**: trained on few photographs for minutes. It sharpens and cleans; it invents little, and faces, text and fine texture stay soft or come out wrong. For learning, for comparisons at small scale, and as a start for training, not for finished pictures.
+- **Licence**: Apache-2.0, as the package.
+
+## Scores
+
+{chr(10).join(tables) or 'Not measured.'}
+"""
 
 # %% ../nbs/27_small.ipynb #c028
 def score_file(folder: str | Path, protocol: str) -> Path: return Path(folder).parent / f"{Path(folder).name}-{protocol}.json"
