@@ -6,25 +6,30 @@ Docs: https://framer-sr.github.io/framer/distill.html.md"""
 
 # %% auto #0
 __all__ = ['FramerConfig', 'framer_config', 'choose_teacher', 'choose_negatives', 'Bands', 'measure', 'LayerTerms', 'band_terms',
-           'layer_terms', 'Distillation', 'distillation', 'same_size', 'worth_fitting', 'AlignedFeatures',
-           'SeededDraws', 'Framer']
+           'layer_terms', 'Distillation', 'distillation', 'choose_implementation', 'scale_of_rows', 'lean_distillation',
+           'same_size', 'worth_fitting', 'AlignedFeatures', 'SeededDraws', 'Framer']
 
 # %% ../nbs/05_distill.ipynb #c003
-import dataclasses, difflib, warnings
+import dataclasses, difflib, math, warnings
 from dataclasses import dataclass
+from functools import lru_cache
+from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .heads import AlignmentHeads, fit_heads
+from .gram import BandBins, Coefficients, Sums, Wanted, all_sums, low_waves, magnitude_gradient, map_gradient, spans
+from .heads import AlignmentHeads, align, fit_heads
 from .hooks import Recorder, Taps, find_taps
+from .late import Site, find_window, with_gradient
 from .losses import at_least, band_mse, inter_cl, intra_cl, inverse_norm, others
 from .masks import band_masks, band_vector, half_counts, half_spectrum, split_bands
 from .modulation import fam, faw, mean_magnitude, relative_difference
 
 # %% ../nbs/05_distill.ipynb #c005
 _CHOICES = dict(spectrum=("complex", "magnitude"), in_batch=("teacher", "student"), low=("intra", "inter", None), high=("intra", "inter", None),
-                loss=("contrastive", "mse"), teacher=("final", "final-1", "final-2", "random"), negative=("random", "previous"), head_init=("ridge", "random"))
+                loss=("contrastive", "mse"), teacher=("final", "final-1", "final-2", "random"), negative=("random", "previous"), head_init=("ridge", "random"),
+                implementation=("auto", "reference", "lean"))
 
 # %% ../nbs/05_distill.ipynb #c006
 def _check_choices(config):
@@ -38,6 +43,7 @@ def _check_choices(config):
         if kind is bool and not isinstance(value, bool): raise ValueError(f"FramerConfig({field.name}={value!r}): expected True or False")
         if kind is float and not number: raise ValueError(f"FramerConfig({field.name}={value!r}): expected a number >= 0; YAML reads 1e-2 as text, so write 0.01")
         if kind is int and not (number and isinstance(value, int)): raise ValueError(f"FramerConfig({field.name}={value!r}): expected a whole number >= 0")
+    if config.implementation == "lean" and config.target_grad: raise ValueError("FramerConfig(implementation='lean', target_grad=True): the lean form holds teacher and negatives constant; take implementation='auto' or 'reference'")
 
 # %% ../nbs/05_distill.ipynb #c007
 @dataclass(frozen=True)
@@ -61,6 +67,7 @@ class FramerConfig:
     head_init: str = "ridge"         # U-Net heads start from a "ridge" fit to the first batch, or "random"
     gather: bool = True              # take in-batch negatives from all processes
     seed: int = 0                    # of the generator that draws negatives (and the random teacher)
+    implementation: str = "auto"     # same values: "lean" (little memory; teacher constant), "reference" (plain PyTorch), "auto": lean where it applies
 
     def __post_init__(self): _check_choices(self)
 
@@ -304,6 +311,221 @@ def _given(negatives, students):
     return list(negatives)
 
 # %% ../nbs/05_distill.ipynb #c069
+def choose_implementation(config: FramerConfig) -> str:  # "lean" or "reference"
+    "What `Framer.loss` computes with. `ValueError` where \"lean\" is asked for and does not apply."
+    alone = config.in_batch == "teacher" or not config.gather or _world() < 2
+    if config.implementation == "lean" and not alone:
+        raise ValueError("FramerConfig(implementation='lean', in_batch='student', gather=True): each layer's maps of all processes would have to be kept; take gather=False, in_batch='teacher', or implementation='reference'")
+    if config.implementation != "auto": return config.implementation
+    return "lean" if alone and not config.target_grad else "reference"
+
+# %% ../nbs/05_distill.ipynb #c071
+@lru_cache(maxsize=32)
+def _band_bins(height: int, width: int, radius: float, device) -> BandBins:
+    return BandBins(height, width, band_masks(height, width, radius, device), half_counts(width, device))
+
+def _wanted(config: FramerConfig, teacher: int) -> Wanted:
+    "What the sums must hold under `config`."
+    contrastive = config.loss == "contrastive"
+    crosses = (contrastive and config.low == "inter", contrastive and config.high == "inter" and config.frequency_split)
+    return Wanted(teacher, config.faw and config.frequency_split, not contrastive, crosses, config.in_batch == "student", config.spectrum == "magnitude")
+
+# %% ../nbs/05_distill.ipynb #c073
+def _channels(tensors: list[Tensor], size: tuple, first: int, last: int) -> Tensor:  # (B, last - first, H, W)
+    "Some channels of a layer in the teacher's shape: of the map itself, or through its head's weight and bias."
+    if len(tensors) == 1: return tensors[0][:, first:last]
+    map_, weight, bias = tensors
+    return align(map_, weight[first:last], bias[first:last], size)
+
+# %% ../nbs/05_distill.ipynb #c074
+def _head_gradients(tensors: list[Tensor], size: tuple, pieces) -> list[Tensor]:
+    "Gradients by a map and its head's weight and bias, from pieces (first, last, gradient of those channels)."
+    map_, weights, biases = tensors[0].detach().requires_grad_(), [], []
+    total = torch.zeros_like(map_, dtype=torch.promote_types(map_.dtype, torch.float32))
+    for first, last, g in pieces:
+        with torch.enable_grad():
+            w, b = (p[first:last].detach().requires_grad_() for p in tensors[1:])
+            y = align(map_, w, b, size)
+        by_map, by_weight, by_bias = torch.autograd.grad(y, (map_, w, b), g.to(y.dtype))
+        total += by_map; weights.append(by_weight); biases.append(by_bias)
+    return [total.to(map_.dtype), torch.cat(weights), torch.cat(biases)]
+
+# %% ../nbs/05_distill.ipynb #c076
+@dataclass
+class _Numbers:
+    "Numbers of all students, each [LF, HF] of (S, B), `cross` (S, B, N); None where not wanted."
+    own: list
+    teacher: list
+    negative: list
+    cross: list
+    magnitude: list
+    difference: list
+
+    def leaves(self) -> list[Tensor]: return [x.requires_grad_() for k in self.__dataclass_fields__ for x in getattr(self, k) if x is not None]
+
+def _student_numbers(sums: Sums, students: list[int], teacher: int, negatives: list[int]) -> _Numbers:
+    "What each student contributes."
+    grams, pick = [g.permute(1, 2, 0) for g in sums.gram], lambda xs: [None if x is None else x[students].contiguous() for x in xs]
+    return _Numbers([g[students, students].contiguous() for g in grams], [g[students, teacher].contiguous() for g in grams], [g[students, negatives].contiguous() for g in grams],
+                    pick(sums.cross), pick(sums.magnitude), pick(sums.difference))
+
+# %% ../nbs/05_distill.ipynb #c077
+def _lengths(energies: list[Tensor]) -> tuple[Tensor, Tensor]:  # the floor, and the total
+    "Floor under which a band's energy counts as nothing, as `measure` has it."
+    total = (energies[0] + energies[1]).detach()
+    return at_least(total * (8 * torch.finfo(total.dtype).eps) ** 2, total), total
+
+def _mean(magnitude: Tensor, energy: Tensor, floor: Tensor, elements: Tensor, eps: float) -> Tensor:
+    "E of Eq. 3 from the sum of magnitudes; 0 for an empty band."
+    return magnitude / (elements + eps) * (energy.detach() > floor)
+
+# %% ../nbs/05_distill.ipynb #c078
+def _band_losses(n: _Numbers, k: int, scales: SimpleNamespace, config: FramerConfig, elements: int, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    "`band_terms` for all students together: s+, s- and the loss of LF (k=0) or HF (k=1), each (S, B)."
+    s, kind = inverse_norm(n.own[k], scales.floor), (config.low, config.high)[k]
+    plus, minus = n.teacher[k] * s * scales.teacher[k], n.negative[k] * s * scales.negative[k]
+    if kind is None or (k == 1 and not config.frequency_split): return plus, minus, torch.zeros_like(plus)
+    if config.loss == "mse": return plus, minus, n.difference[k] / elements
+    if kind == "intra": return plus, minus, intra_cl(plus, minus)
+    batch = None
+    if n.cross[k].shape[-1] > 1:
+        source = s.detach()[:, None] if config.in_batch == "student" else scales.source[k]
+        batch = (n.cross[k] * s[..., None] * source + others(torch.zeros_like(n.cross[k][0]), first)).flatten(0, 1)
+    return plus, minus, inter_cl(plus.flatten(), minus.flatten(), batch).view_as(plus)
+
+# %% ../nbs/05_distill.ipynb #c079
+def _all_terms(n: _Numbers, sums: Sums, students: list[int], teacher: int, negatives: list[int], config: FramerConfig, shape: tuple, counts: list[Tensor], first: int) -> LayerTerms:
+    "Terms of all students, (S, B) each."
+    energies = [g.diagonal(dim1=1, dim2=2).T for g in sums.gram]  # (n, B)
+    floor, _ = _lengths(energies)
+    scale = [inverse_norm(e, floor) for e in energies]
+    source = scale_of_rows(sums.energies) if sums.energies[0] is not None else [s[teacher] for s in scale]
+    scales = SimpleNamespace(floor=floor[students], teacher=[s[teacher] for s in scale], negative=[s[negatives] for s in scale], source=source)
+    (plus_lf, minus_lf, intra), (plus_hf, minus_hf, inter) = (_band_losses(n, k, scales, config, math.prod(shape[2:]), first) for k in (0, 1))
+    gates = (fam(plus_lf), fam(plus_hf)) if config.fam else (torch.ones_like(plus_lf),) * 2
+    weights = (torch.ones_like(plus_lf),) * 2
+    if n.magnitude[0] is not None:
+        of = lambda magnitudes, e, f: [_mean(m, x, f, shape[2] * c, config.eps) for m, x, c in zip(magnitudes, e, counts)]
+        taught = of([m[teacher] for m in sums.magnitude], [e[teacher] for e in energies], floor[teacher])
+        own = of(n.magnitude if config.faw_grad else [m.detach() for m in n.magnitude], n.own, floor[students])
+        weights = faw(*(relative_difference(t, s, config.eps) for t, s in zip(taught, own)))
+    return LayerTerms(None, None, plus_lf, minus_lf, plus_hf, minus_hf, intra, inter, *weights, *gates)
+
+def scale_of_rows(energies: list[Tensor]) -> list[Tensor]:
+    "Reciprocal lengths of other images' maps, from their energies in LF and HF."
+    floor, _ = _lengths(energies)
+    return [inverse_norm(e, floor) for e in energies]
+
+# %% ../nbs/05_distill.ipynb #c081
+@dataclass
+class _Student:
+    "What makes one student's gradient, when it is asked for."
+    factors: Coefficients
+    parts: list[int]  # how many of the kept tensors are the student's, the teacher's, the negative's, other images' maps
+    shape: tuple  # (B, C, H, W) of the teacher
+    bins: BandBins
+    config: FramerConfig
+    dtype: torch.dtype  # float32, or float64
+
+    def pieces(self, scale: Tensor, kept: list[Tensor]):
+        "(first, last, gradient (B, c, H, W) of those channels) for all channels."
+        (batch, channels, *size), factors, split = self.shape, self.factors.scaled(scale), iter(kept)
+        student, teacher, negative, rows = ([next(split) for _ in range(k)] for k in self.parts)
+        waves = low_waves(*size, self.config.radius if self.config.frequency_split else 2.0, self.dtype, kept[0].device)
+        make = magnitude_gradient if self.config.spectrum == "magnitude" else map_gradient
+        uses_rows = any(c is not None for c in factors.cross)
+        for a, b in spans(channels, 3 * batch * math.prod(size), 2**23):
+            maps = torch.empty(batch, 3, b - a, *size, dtype=self.dtype, device=kept[0].device)
+            for k, tensors in enumerate((student, teacher, negative)): maps[:, k].copy_(_channels(tensors, size, a, b))
+            others_ = rows[0][:, a:b].to(self.dtype) if rows else maps[:, 0 if self.config.in_batch == "student" else 1]
+            yield a, b, make(maps, others_ if uses_rows else None, factors, self.bins, waves)
+
+    def __call__(self, scale: Tensor, kept: list[Tensor], into: Tensor | None = None) -> list[Tensor]:
+        with torch.no_grad(), torch.autocast(kept[0].device.type, enabled=False):
+            if self.parts[0] > 1: return _head_gradients(kept[: self.parts[0]], self.shape[2:], self.pieces(scale, kept))
+            into = torch.zeros_like(kept[0]) if into is None else into
+            for a, b, g in self.pieces(scale, kept): into[:, a:b].add_(g)
+        return [into]
+
+# %% ../nbs/05_distill.ipynb #c082
+def _tied(values: Tensor, makers: list[_Student], layers: list[list[Tensor]], students: list[int], negatives: list[int], teacher: int, rows: list[Tensor], outputs: list) -> Tensor:
+    "The sum of the students' values, each tied to its map: late where the layer's output is known, else at once."
+    shares = []
+    for value, maker, i, j in zip(values, makers, students, negatives):
+        kept = [*layers[i], *layers[teacher], *layers[j], *rows]
+        maker.parts = [len(layers[i]), len(layers[teacher]), len(layers[j]), len(rows)]
+        found = find_window(layers[i][0], outputs[i]) if outputs and len(layers[i]) == 1 else None
+        if found: shares.append(with_gradient(value, maker, kept, [found[0]], Site(*found)))
+        else: shares.append(with_gradient(value, maker, kept, layers[i]))
+    return torch.stack(shares).sum()
+
+# %% ../nbs/05_distill.ipynb #c083
+def _factors(losses: Tensor, n: _Numbers) -> list[Coefficients]:
+    "Derivatives of the sum of `losses` by each student's numbers."
+    leaves = n.leaves()
+    found = dict(zip(map(id, leaves), torch.autograd.grad(losses.sum(), leaves, allow_unused=True) if losses.requires_grad else [None] * len(leaves)))
+    def of(name, always):
+        rows = [None if x is None else found[id(x)] for x in getattr(n, name)]
+        if always or (name == "magnitude" and any(r is not None for r in rows)): rows = [torch.zeros_like(x) if r is None else r for r, x in zip(rows, getattr(n, name))]
+        return rows
+    table = {k: of(k, k in ("own", "teacher", "negative")) for k in n.__dataclass_fields__}
+    return [Coefficients(**{k: [None if r is None else r[s] for r in rows] for k, rows in table.items()}) for s in range(len(losses))]
+
+# %% ../nbs/05_distill.ipynb #c084
+def _check_energies(total: Tensor, read, names: list):
+    "As `_check_finite`: one synchronisation, and an error that names the first layer with NaN or inf."
+    if not total.isfinite().all(): _check_finite([read(i) for i in range(len(names))], [SimpleNamespace(energy=e) for e in total], names)
+
+def _given_or_drawn(count: int, teacher: int, config: FramerConfig, negatives: list[int] | None, generator) -> tuple[list[int], list[int]]:
+    students = [i for i in range(count) if i != teacher]
+    return students, choose_negatives(count, teacher, config, generator) if negatives is None else _given(negatives, students)
+
+# %% ../nbs/05_distill.ipynb #c085
+def lean_distillation(
+    features: list[Tensor],  # (B, C, H, W) of every layer in forward order, the last the teacher's; (B, C_i, h_i, w_i) where there are heads
+    config: FramerConfig | None = None,  # None: the paper's method
+    negatives: list[int] | None = None,  # j (0-based layer index) for each student; None: drawn
+    generator: torch.Generator | None = None,  # draws negatives and the random teacher
+    names: list[str] | None = None,  # layer names, for messages and terms
+    heads=None,  # 1x1 convolutions for all layers but the last; None: the maps have one shape
+    outputs: list[list[Tensor]] | None = None,  # what the layers returned, the maps being views of it: gradients are then made when the backward pass gets there
+) -> Distillation:  # its layers' terms carry no gradient
+    "`distillation` with the same values and gradients and little memory. `ValueError` and `FloatingPointError` as there."
+    config, names, count = config or FramerConfig(), names or list(range(len(features))), len(features)
+    if heads is None: _check_features(features, names)
+    teacher = choose_teacher(count, config, generator)
+    students, negatives = _given_or_drawn(count, teacher, config, negatives, generator)
+    layers = [[f] if heads is None or i == count - 1 else [f, heads[i].weight, heads[i].bias] for i, f in enumerate(features)]
+    shape, dtype = features[-1].shape, torch.promote_types(features[-1].dtype, torch.float32)
+    wanted, bins = _wanted(config, teacher), _band_bins(*shape[2:], config.radius if config.frequency_split else 2.0, features[-1].device)
+    read = lambda i, a=0, b=shape[1]: _channels(layers[i], shape[2:], a, b).detach()
+    with torch.autocast(features[-1].device.type, enabled=False):
+        rows, first = _teacher_rows(read, teacher, wanted, config)
+        if any(wanted.crosses) and len(rows[0] if rows else features[0]) < 2: warnings.warn("FRAMER: a batch of one image has no in-batch negatives; InterCL runs without S_neg (Eq. 2)", stacklevel=2)
+        sums = all_sums(read, (count, *shape), bins, wanted, dtype, features[-1].device, rows[0] if rows else None, 2**23)
+        _check_energies(sums.gram[0].diagonal(dim1=1, dim2=2).T + sums.gram[1].diagonal(dim1=1, dim2=2).T, read, names)
+        with torch.enable_grad():
+            n = _student_numbers(sums, students, teacher, negatives)
+            n.leaves()
+            terms = _all_terms(n, sums, students, teacher, negatives, config, (count, *shape), _bin_counts(bins), first)
+            losses = config.weight * terms.loss.mean(1)
+            makers = [_Student(k, [], tuple(shape), bins, config, dtype) for k in _factors(losses, n)]
+        loss = _tied(losses.detach(), makers, layers, students, negatives, teacher, rows, outputs)
+    fields = [getattr(terms, f.name).detach().unbind(0) for f in dataclasses.fields(LayerTerms)[2:]]
+    return Distillation(loss, [LayerTerms(names[i], names[j], *values) for i, j, *values in zip(students, negatives, *fields)], names[teacher])
+
+# %% ../nbs/05_distill.ipynb #c086
+@torch.no_grad()
+def _teacher_rows(read, teacher: int, wanted: Wanted, config: FramerConfig) -> tuple[list[Tensor], int]:
+    "The teacher's maps of all processes, in the model's precision, and where this process's begin; an empty list where there is one process, or none are wanted."
+    if not any(wanted.crosses) or wanted.own_layer or not config.gather or _world() < 2: return [], 0
+    mine = read(teacher)
+    rows, first = _gather(mine.flatten(1))
+    return [rows.view(-1, *mine.shape[1:])], first
+
+def _bin_counts(bins: BandBins) -> list[Tensor]: return [m.sum().double() for m in bins.masks]  # bins of the full spectrum, LF and HF
+
+# %% ../nbs/05_distill.ipynb #c098
 class _AverageGradients:
     "Average the gradients of `parameters` over processes once, at the end of a backward pass; does nothing in a single process."
     def __init__(self, parameters):
@@ -324,12 +546,12 @@ class _AverageGradients:
     def remove(self):
         for h in self.handles: h.remove()
 
-# %% ../nbs/05_distill.ipynb #c070
+# %% ../nbs/05_distill.ipynb #c099
 def _all_sum(x: Tensor) -> Tensor:
     if _world() > 1: x = x.clone(); dist.all_reduce(x)
     return x
 
-# %% ../nbs/05_distill.ipynb #c072
+# %% ../nbs/05_distill.ipynb #c101
 def same_size(
     maps: list[Tensor],  # (B, C_i, h_i, w_i) in forward order, the last is the teacher's
     names: list[str],  # of the layers, for the message
@@ -340,7 +562,7 @@ def same_size(
     size = maps[-1].shape[-2:]
     return [m if m.shape[-2:] == size else F.interpolate(m, size=tuple(size), mode="bilinear", align_corners=False) for m in maps]
 
-# %% ../nbs/05_distill.ipynb #c075
+# %% ../nbs/05_distill.ipynb #c104
 @torch.no_grad()
 def worth_fitting(maps: list[Tensor], names: list[str]) -> bool:
     "Is there a teacher to fit heads to? `FloatingPointError` naming the layer that holds NaN or inf."
@@ -352,7 +574,7 @@ def worth_fitting(maps: list[Tensor], names: list[str]) -> bool:
         raise FloatingPointError(f"{where} feature values are NaN or inf in the batch that the heads would be fitted to. Look at the data and the model's weights, or train in bf16 instead of fp16")
     return bool(total[1] > 0)
 
-# %% ../nbs/05_distill.ipynb #c077
+# %% ../nbs/05_distill.ipynb #c106
 class AlignedFeatures(nn.Module):
     "Recorded maps of a model's layers in the teacher's shape: hooks, and heads where widths or sizes differ. The model is not a child of this module."
     def __init__(self,
@@ -371,17 +593,22 @@ class AlignedFeatures(nn.Module):
         self.sync = _AverageGradients(self.parameters())
         self.recorder = Recorder(model, taps)
 
-    def features(self) -> list[Tensor]:
-        "(B, C, H, W) of every layer, all in the teacher's shape; the first call fits the heads. `RuntimeError` when nothing was recorded."
+    def maps(self) -> list[Tensor]:
+        "(B, C_i, h_i, w_i) of every layer: what goes into the heads, which the first call fits; without heads, all in the teacher's size. `RuntimeError` when nothing was recorded."
         maps = self.recorder.features
         if self.heads is None: return same_size(maps, self.taps.names)
         if not self.fitted and worth_fitting(maps, self.taps.names):
             fit_heads(self.heads, [m.detach() for m in maps[:-1]], maps[-1].detach(), lambda x: split_bands(x, self.config.radius), reduce=_all_sum)
             self.fitted.fill_(True)
-        with torch.autocast(maps[-1].device.type, enabled=False):
-            return self.heads([m.to(maps[-1].dtype) for m in maps[:-1]], maps[-1].shape[-2:]) + maps[-1:]
+        return [m.to(maps[-1].dtype) for m in maps]
 
-# %% ../nbs/05_distill.ipynb #c079
+    def features(self) -> list[Tensor]:
+        "(B, C, H, W) of every layer, all in the teacher's shape. `RuntimeError` when nothing was recorded."
+        maps = self.maps()
+        if self.heads is None: return maps
+        with torch.autocast(maps[-1].device.type, enabled=False): return self.heads(maps[:-1], maps[-1].shape[-2:]) + maps[-1:]
+
+# %% ../nbs/05_distill.ipynb #c108
 class SeededDraws(nn.Module):
     "A CPU generator that a state_dict carries, as a tensor."
     def __init__(self, seed: int):
@@ -391,7 +618,7 @@ class SeededDraws(nn.Module):
     def get_extra_state(self) -> Tensor: return self.generator.get_state()
     def set_extra_state(self, state: Tensor): self.generator.set_state(state.cpu())
 
-# %% ../nbs/05_distill.ipynb #c082
+# %% ../nbs/05_distill.ipynb #c111
 class Framer(AlignedFeatures):
     "FRAMER on a model (Eq. 10). Its parameters are the heads', never the model's. Make one with `Framer.attach`."
     def __init__(self, model: nn.Module, taps: Taps, config: FramerConfig):
@@ -413,7 +640,9 @@ class Framer(AlignedFeatures):
 
     def loss(self) -> Tensor:
         "The distillation term for the last recorded call (scalar); `terms` then holds its parts. `RuntimeError` when nothing was recorded."
-        result = distillation(self.features(), self.config, generator=self.draws.generator, names=self.taps.names)
+        options = dict(generator=self.draws.generator, names=self.taps.names)
+        if choose_implementation(self.config) == "reference": result = distillation(self.features(), self.config, **options)
+        else: result = lean_distillation(self.maps(), self.config, heads=self.heads and self.heads.projections, outputs=self.recorder.outputs, **options)
         self.terms = result.detach()
         self.recorder.clear()
         return result.loss

@@ -378,3 +378,11 @@ class Recorder(CallRecord):
 
     def __enter__(self): return self
     def __exit__(self, *error): self.remove()
+
+# %% ../nbs/04_hooks.ipynb #c114
+def _outputs(self: Recorder) -> list[list[Tensor]]:
+    "The tensors that each layer returned in that call; empty lists where gradients were off or the model is compiled."
+    last = {i: [x for x, _ in versions] for i, _, versions in self.done or []}
+    return [last.get(i, []) for i in range(len(self.taps.names))]
+
+Recorder.outputs = property(_outputs)

@@ -10,17 +10,17 @@ else: import tomli as tomllib
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 NUMBERED = [p for p in NOTEBOOKS if p.name[0].isdigit()]
-JOBS = [p for p in NOTEBOOKS if p.stem in ("train", "upscale", "train_autoencoder", "compare", "prepare", "caption", "evaluate", "user_study", "degradation_benchmark", "ablate", "figures", "stability", "qualitative")]
+JOBS = [p for p in NOTEBOOKS if p.stem in ("train", "upscale", "train_autoencoder", "compare", "prepare", "caption", "evaluate", "user_study", "degradation_benchmark", "ablate", "figures", "stability", "qualitative", "pretrain", "small_models")]
 MODULES = sorted(p for p in (ROOT / "framer").glob("*.py") if not p.stem.startswith("_"))
 NBDEV = [sys.executable, "-c", "import sys; from importlib.metadata import entry_points as e; f = next(p for p in e(group='console_scripts') if p.name == sys.argv[1]).load(); sys.argv = sys.argv[1:]; f()"]
 
 # imports go down only; the modules of the lowest floor know nothing of each other
 FLOORS = {
     0: "kernels jpeg photographs metric_weights tiling",
-    1: "masks losses modulation heads hooks degradation metrics parameters report",
+    1: "masks losses modulation heads hooks gram late degradation metrics parameters report",
     2: "distill",
     3: "sd2 sd3 onestep pisasr dit4sr scales backbones autoencoder objectives datasets sources shards pairs captions cache runs testsets",
-    4: "training sampling pipelines evaluation comparison study inventory figures analysis ablation",
+    4: "training sampling pipelines evaluation comparison study inventory figures analysis ablation cost small",
 }
 FLOOR = {m: n for n, names in FLOORS.items() for m in names.split()}
 PLUG_AND_PLAY = ["masks", "losses", "modulation", "heads", "hooks", "distill"]   # these need torch alone
