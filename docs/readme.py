@@ -10,6 +10,9 @@ def readme(cfg):
     nb.cells = [c for c in nb.cells if not re.match(r'#\|\s*hide\b', c.source)]
     for c in nb.cells:
         if c.cell_type != 'code': continue
+        if re.search(r'^#\|\s*echo:\s*false', c.source, re.M):  # what it says stands there, not how it came to say it
+            c.cell_type, c.source = 'markdown', '\n\n'.join(''.join(o.data['text/markdown']) for o in c.outputs if 'text/markdown' in o.get('data', {}))
+            del c['outputs'], c['execution_count']; continue
         c.source = re.sub(r'^#\|.*\n', '', c.source, flags=re.M)
         c.outputs = [o for o in c.outputs if o.get('name') != 'stderr']
     nb.metadata['language_info'] = dict(name='python')

@@ -8,7 +8,7 @@ Docs: https://framer-sr.github.io/framer/small.html.md"""
 __all__ = ['ARMS', 'CHANNELS', 'BAR', 'SmallConfig', 'check_small', 'decoder_folder', 'base_config', 'second_config', 'arm_name',
            'arm_config', 'plan_small', 'sharpen_decoder', 'finished', 'train_small', 'export_small', 'run_facts',
            'small_card', 'score_file', 'score_set', 'enlarge_set', 'held_out_set', 'yardsticks', 'arm_table',
-           'arms_markdown', 'seed_mean_rows', 'arm_differences', 'distance_to_bar', 'diagnosis']
+           'arms_markdown', 'seed_mean_rows', 'arm_differences', 'distance_to_bar', 'headline', 'diagnosis']
 
 # %% ../nbs/27_small.ipynb #c005
 import json
@@ -358,6 +358,19 @@ def distance_to_bar(
     "What is left to the bar."
     rows = [dict(metric=k, value=means[k], bar=bar, distance=(bar - means[k]) * way) for k, (bar, way) in BAR.items() if k in means]
     return [dict(r, reached=r["distance"] <= 0) for r in rows]
+
+# %% ../nbs/27_small.ipynb #sh02
+def headline(
+    found: dict,  # comparison.json
+    metrics: tuple[str, ...] = ("psnr", "lpips", "niqe"),
+) -> str:  # Markdown
+    "Floor, ceilings and arms of a comparison in one table, with the test set, the protocol and the number of seeds."
+    names = {"baseline": "without FRAMER", "framer": "with FRAMER", "framer-0.002": "with FRAMER, radius 0.002"}
+    rows = [dict(arm=n, seeds=0, **{m: (s["means"][m], None) for m in metrics if m in s["means"]}) for n, s in found["yardsticks"].items() if not n.startswith("autoencoder")]
+    rows = [dict(r, arm=r["arm"].replace("sharp-", "ceiling: the autoencoder alone, ")) for r in rows]
+    for b, tables in found["tables"].items(): rows += [dict(r, arm=f"{b} {names.get(r['arm'], r['arm'])}", **{m: tuple(r[m]) for m in metrics if m in r}) for r in tables["seesr-y, all seeds"]]
+    text = arms_markdown(rows, list(metrics)).replace("| 0 |", "| - |")
+    return f"{text}\n\n*{found['dataset']}, protocol `seesr-y`: PSNR on Y, LPIPS with AlexNet; mean and deviation over seeds.*"
 
 # %% ../nbs/27_small.ipynb #c050
 def diagnosis(
