@@ -101,6 +101,7 @@ def lpips_loss(
     if scorer.missing: raise FileNotFoundError(f"LPIPS, a loss of the one-step recipe: {scorer.missing['lpips']}. Without it: lpips_weight=0")
     return SignedLPIPS(scorer.metrics["lpips"].net.float().to(device))
 
+# %% ../nbs/12c_onestep.ipynb #so02
 def _seen(self, made: Tensor, target: Tensor) -> Tensor:
     "LPIPS of pictures in [-1, 1], (B,); the network is read when it is first needed."
     if self.perceptual is None: self.perceptual = lpips_loss(self.config.lpips_net, made.device)

@@ -862,8 +862,7 @@ class RunFolder(RunRecord):
 
     def save_checkpoint(self,
         step: int,  # finished optimiser steps
-        tensors: dict,  # group -> name -> tensor
-        state: dict = None,  # JSON
+        tensors: dict, state: dict = None,  # group -> name -> tensor; JSON
         keep=2,  # how many of the newest to keep
         max_file_bytes: int = 0,  # cut groups into files of at most so many bytes; 0 does not
     ) -> Path:  # the checkpoint's folder
