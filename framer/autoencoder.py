@@ -6,8 +6,9 @@ Docs: https://framer-sr.github.io/framer/autoencoder.html.md"""
 
 # %% auto #0
 __all__ = ['BLOCK_CHANNELS', 'LATENT_CHANNELS', 'autoencoder_config', 'new_autoencoder', 'encode', 'decode', 'picture_files',
-           'read_picture', 'Crops', 'reconstruction_loss', 'Fit', 'fit_step', 'save_fit', 'load_fit', 'central',
-           'reconstruction_psnr', 'latent_statistics', 'save_autoencoder', 'load_autoencoder', 'model_card']
+           'read_picture', 'Crops', 'reconstruction_loss', 'Fit', 'fit_step', 'fit_state', 'put_state', 'save_fit',
+           'load_fit', 'central', 'reconstruction_psnr', 'latent_statistics', 'save_autoencoder', 'load_autoencoder',
+           'model_card']
 
 # %% ../nbs/09_autoencoder.ipynb #c003
 import json
@@ -256,17 +257,34 @@ def fit_step(fit: Fit, # the training
     fit.history.append(row)
     return row
 
+# %% ../nbs/09_autoencoder.ipynb #sf01
+def fit_state(fit: Fit, # the training
+              ) -> tuple[dict, dict]: # tensors by group (model, average, adam) and name; counters and history
+    "Everything that the next step depends on."
+    adam = {f"{k}.{name}": v.detach() for name, p in fit.vae.named_parameters() for k, v in fit.optimizer.state.get(p, {}).items()}
+    groups = dict(model={k: v.detach() for k, v in fit.vae.state_dict().items()}, average=dict(fit.average), adam=adam)
+    return groups, dict(done_steps=fit.done_steps, seconds=fit.seconds, history=fit.history)
+
+def put_state(fit: Fit, groups: dict, facts: dict) -> Fit:
+    "Puts what `fit_state` gave into a training made with the same arguments."
+    fit.vae.load_state_dict(groups["model"])
+    fit.average = {k: v.to(fit.device) for k, v in groups["average"].items()}
+    for name, p in fit.vae.named_parameters():
+        moments = {k: groups["adam"][f"{k}.{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in groups["adam"]}
+        for k in ("exp_avg", "exp_avg_sq"): # the fused AdamW needs the memory layout of the weights
+            if k in moments: moments[k] = torch.empty_like(p, requires_grad=False).copy_(moments[k])
+        if moments: fit.optimizer.state[p] = moments
+    fit.done_steps, fit.seconds, fit.history = facts["done_steps"], facts["seconds"], facts["history"]
+    return fit
+
 # %% ../nbs/09_autoencoder.ipynb #c048
 def save_fit(fit: Fit, # the training
              path: str | Path, # a .safetensors file, replaced in one step
              ):
     "Writes all that `load_fit` needs to go on: aside first, then renamed over `path`."
-    path, names = Path(path), [n for n, _ in fit.vae.named_parameters()]
-    state = {f"model.{k}": v for k, v in fit.vae.state_dict().items()} | {f"average.{k}": v for k, v in fit.average.items()}
-    for name, p in zip(names, fit.vae.parameters()):
-        for k, v in fit.optimizer.state.get(p, {}).items(): state[f"adam.{k}.{name}"] = v
-    facts, aside = dict(done_steps=fit.done_steps, seconds=fit.seconds, history=fit.history), path.with_suffix(".writing")
-    save_file({k: v.detach().contiguous() for k, v in state.items()}, aside, metadata={"fit": json.dumps(facts)})
+    path, (groups, facts) = Path(path), fit_state(fit)
+    aside = path.with_suffix(".writing")
+    save_file({f"{g}.{n}": v.contiguous() for g, named in groups.items() for n, v in named.items()}, aside, metadata={"fit": json.dumps(facts)})
     aside.replace(path)
 
 # %% ../nbs/09_autoencoder.ipynb #c050
@@ -276,16 +294,11 @@ def load_fit(fit: Fit, # a training made with the same arguments as the one that
     "Puts a saved training's state into `fit`. A file of another architecture is a `RuntimeError` from torch that names the tensors."
     from safetensors import safe_open
     with safe_open(path, "pt") as f: facts = json.loads(f.metadata()["fit"])
-    state = load_file(path)
-    fit.vae.load_state_dict({k[6:]: v for k, v in state.items() if k.startswith("model.")})
-    fit.average = {k[8:]: v for k, v in state.items() if k.startswith("average.")}
-    for name, p in fit.vae.named_parameters():
-        moments = {k: state[f"adam.{k}.{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"adam.{k}.{name}" in state}
-        for k in ("exp_avg", "exp_avg_sq"): # the fused AdamW needs the memory layout of the weights
-            if k in moments: moments[k] = torch.empty_like(p, requires_grad=False).copy_(moments[k])
-        if moments: fit.optimizer.state[p] = moments
-    fit.done_steps, fit.seconds, fit.history = facts["done_steps"], facts["seconds"], facts["history"]
-    return fit
+    groups = {"model": {}, "average": {}, "adam": {}}
+    for key, tensor in load_file(path).items():
+        group, name = key.split(".", 1)
+        groups[group][name] = tensor
+    return put_state(fit, groups, facts)
 
 # %% ../nbs/09_autoencoder.ipynb #c054
 def central(picture: torch.Tensor, # (3, H, W) uint8 or float

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 import torch
 from PIL import Image
-from .autoencoder import Crops, Fit, decode, encode, fit_step, load_autoencoder, load_fit, picture_files, read_picture, save_autoencoder, save_fit
+from .autoencoder import Crops, Fit, decode, encode, fit_state, fit_step, load_autoencoder, picture_files, put_state, read_picture, save_autoencoder
 from .backbones import MODEL_PART, load_backbone, read_card
 from .comparison import paired_differences, paired_statistics
 from .datasets import degraded_pair
@@ -30,7 +30,7 @@ from .metrics import Scores
 from .photographs import load_photograph
 from .pipelines import load_pipeline, upscale_files
 from .pisasr import lpips_vgg
-from .runs import environment, project_root, read_history, run_path, write_json
+from .runs import environment, load_checkpoint, project_root, read_history, run_path, save_checkpoint, write_json
 from .sampling import save_png, to_image
 from .scales import count
 from .training import TrainConfig, middle, project_path, train
@@ -126,12 +126,12 @@ def sharpen_decoder(
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if c.device == "auto" else c.device)
     fit = Fit(load_autoencoder(channels).requires_grad_(True).to(device), Crops(project_path(c.data), 96, c.batch_size), minutes=c.decoder_minutes, lr=5e-4, half_until=0.0,
               perceptual=lpips_vgg(device) if c.lpips_weight else None, decoder_only=True, device=device)
-    state = out / "state.safetensors"
-    if state.is_file(): log(f"decoder: going on from step {load_fit(fit, state).done_steps}")
+    if found := load_checkpoint(out): log(f"decoder: going on from step {put_state(fit, found.tensors, found.state).done_steps}")
+    save = lambda: save_checkpoint(out, fit.done_steps, *fit_state(fit), keep=1, max_file_bytes=15_000_000)
     while not fit.done and time.monotonic() < until:
         row = fit_step(fit)
-        if row["step"] % 250 == 0: save_fit(fit, state); log(f"decoder: step {row['step']}, loss {row['loss']:.4f}, {fit.seconds / 60:.1f} of {c.decoder_minutes} min")
-    save_fit(fit, state)
+        if row["step"] % 250 == 0: save(); log(f"decoder: step {row['step']}, loss {row['loss']:.4f}, {fit.seconds / 60:.1f} of {c.decoder_minutes} min")
+    save()
     if fit.done: _keep_decoder(fit, channels, out / "weights")
     return fit.done
 
@@ -365,12 +365,14 @@ def headline(
     metrics: tuple[str, ...] = ("psnr", "lpips", "niqe"),
 ) -> str:  # Markdown
     "Floor, ceilings and arms of a comparison in one table, with the test set, the protocol and the number of seeds."
-    names = {"baseline": "without FRAMER", "framer": "with FRAMER", "framer-0.002": "with FRAMER, radius 0.002"}
+    names = {"baseline": "without FRAMER", "framer": "with FRAMER", "framer-0.002": "with FRAMER, radius 0.002", "framer-w0.01": "with FRAMER, weight 0.01"}
     rows = [dict(arm=n, seeds=0, **{m: (s["means"][m], None) for m in metrics if m in s["means"]}) for n, s in found["yardsticks"].items() if not n.startswith("autoencoder")]
     rows = [dict(r, arm=r["arm"].replace("sharp-", "ceiling: the autoencoder alone, ")) for r in rows]
-    for b, tables in found["tables"].items(): rows += [dict(r, arm=f"{b} {names.get(r['arm'], r['arm'])}", **{m: tuple(r[m]) for m in metrics if m in r}) for r in tables["seesr-y, all seeds"]]
+    for b, tables in found["tables"].items():
+        one_seed = {r["arm"]: r for r in tables.get("seesr-y, all metrics", [])}  # metrics that not all seeds have
+        rows += [dict(arm=f"{b} {names.get(r['arm'], r['arm'])}", seeds=r["seeds"], **{m: tuple(v) for m in metrics if (v := r.get(m) or one_seed.get(r["arm"], {}).get(m))}) for r in tables["seesr-y, all seeds"]]
     text = arms_markdown(rows, list(metrics)).replace("| 0 |", "| - |")
-    return f"{text}\n\n*{found['dataset']}, protocol `seesr-y`: PSNR on Y, LPIPS with AlexNet; mean and deviation over seeds.*"
+    return f"{text}\n\n*{found['dataset']}, protocol `seesr-y`: PSNR on Y, LPIPS with AlexNet; mean and deviation over seeds, without a deviation the first seed alone.*"
 
 # %% ../nbs/27_small.ipynb #c050
 def diagnosis(

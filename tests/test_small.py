@@ -90,6 +90,20 @@ def test_slices_end_where_one_call_ends(held_out, tmp_path, monkeypatch):
     for run in ("sd2", "sd2-framer-0"): assert history_differences(read_history(tmp_path / "whole" / run), read_history(tmp_path / "sliced" / run)) == []
 
 
+def test_decoder_goes_on_and_keeps_its_latents(tmp_path):
+    "In slices of a step; its checkpoints are small files, and the encoder stays as it was."
+    from framer.autoencoder import encode, load_autoencoder
+    from framer.small import decoder_folder, sharpen_decoder
+    config, said = SmallConfig(group=str(tmp_path / "d"), batch_size=2, decoder_minutes=0.05, lpips_weight=0.0), []
+    for _ in range(400):
+        if sharpen_decoder(config, until=0.0 if not said else float("inf"), log=said.append): break
+        said.append("paused")
+        assert max(p.stat().st_size for p in decoder_folder(config).rglob("*.safetensors")) <= 16_000_000
+    assert any("going on from step" in line for line in said)
+    old, new, x = load_autoencoder(4), load_autoencoder(4, decoder_folder(config) / "weights"), torch.rand(1, 3, 32, 32) * 2 - 1
+    assert torch.allclose(encode(old, x), encode(new, x), atol=2e-3) and any((a != b).any() for a, b in zip(old.decoder.parameters(), new.decoder.parameters()))
+
+
 def test_checkpoints_are_cut_into_small_files(held_out, tmp_path):
     config = SmallConfig(group=str(tmp_path / "cut"), validation_data=str(held_out), **{**QUICK, "arms": {"baseline": None}})
     train_small(config, log=lambda *a: None)
