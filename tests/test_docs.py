@@ -61,6 +61,7 @@ def test_gallery_shows_its_pictures(site):
     shown = {Path(src).stem: out / src for src in re.findall(r'<img[^>]*src="([^"]+)"', article)}
     assert set(shown) == committed and all(p.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for p in shown.values())
     assert article.count("Made by nbs/") >= len(committed) and "<table" in article and "Blur Sigma" in article
+    if (ROOT / "reports/ablation/ablation.md").is_file(): assert "FAW + FAM" in article and "paper: PSNR" in article
 
 
 def test_pages_load_nothing_from_elsewhere(site):

@@ -1,4 +1,5 @@
 "Runs from the outside: killed and resumed, wrong parameters, bad photographs, full disks, no network."
+import io
 import json
 import os
 import shutil
@@ -6,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from framer.runs import checkpoint_steps, history_differences, read_history
+from framer.runs import RunError, checkpoint_steps, history_differences, read_history
 from framer.scales import new_model, tiny_text
 from framer.training import TrainConfig, train
 
@@ -34,6 +36,20 @@ def finish(process, expect=0):
     out, _ = process.communicate(timeout=300)
     assert process.returncode == expect, out[-3000:]
     return out
+
+
+def go(root, expect=None, **config):
+    "A run in this process, which spares another import of everything; what it said, with the message of the error where one is expected."
+    said, threads = io.StringIO(), torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
+        patch.setenv("FRAMER_ROOT", str(root)); patch.setenv("TQDM_DISABLE", "1"); torch.set_num_threads(1)
+        try: train(TrainConfig(**dict(QUICK, **config)))
+        except Exception as error:
+            if not expect or not isinstance(error, expect): raise
+            print(error)
+        else: assert not expect, f"no {expect}: {said.getvalue()[-1000:]}"
+        finally: torch.set_num_threads(threads)
+    return said.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +85,7 @@ def test_killed_and_resumed_is_bit_identical(moment, whole, tmp_path):
     slow = "import framer.runs, time; keep = framer.runs._put_in_place; framer.runs._put_in_place = lambda *a: (time.sleep(0.5), keep(*a))"  # a wider window to hit
     kill_when(start(tmp_path, slow if "inside" in moment else "", run="whole"), lambda: MOMENTS[moment](run))
     if "inside" in moment: assert checkpoint_steps(run) == [3] and any((run / "checkpoints").glob(".step-*.partial-*"))
-    finish(start(tmp_path, run="whole", resume=True))
+    go(tmp_path, run="whole", resume=True)
     assert not any((run / "checkpoints").glob(".*partial*"))
     assert history_differences(whole, run) == []
     for name in ("layers.csv", "validation.csv"): assert (whole / name).read_bytes() == (run / name).read_bytes()
@@ -82,7 +98,7 @@ def test_killed_and_resumed_is_bit_identical(moment, whole, tmp_path):
 
 
 def test_baseline_sees_the_same_data_and_noise(whole, tmp_path):
-    finish(start(tmp_path, run="baseline", framer=False, steps=3))
+    go(tmp_path, run="baseline", framer=False, steps=3)
     baseline, framer = read_history(tmp_path / "reports" / "baseline"), read_history(whole)
     assert baseline[0]["noise_loss"] == framer[0]["noise_loss"] and "distill_loss" not in baseline[0]
     assert not (tmp_path / "reports" / "baseline" / "layers.csv").exists()
@@ -90,17 +106,17 @@ def test_baseline_sees_the_same_data_and_noise(whole, tmp_path):
 
 def test_gradient_accumulation_and_resume(tmp_path):
     options = dict(steps=4, gradient_accumulation_steps=2, checkpoint_every=2)
-    finish(start(tmp_path, run="a", **options))
-    finish(start(tmp_path, run="b", **dict(options, steps=2)))
-    finish(start(tmp_path, run="b", resume=True, **options))
+    finish(start(tmp_path, run="b", **dict(options, steps=2)))   # a process of its own, and two runs in this one
+    go(tmp_path, run="a", **options)
+    go(tmp_path, run="b", resume=True, **options)
     assert history_differences(tmp_path / "reports" / "a", tmp_path / "reports" / "b") == []
 
 
 def test_existing_run_is_not_overwritten(whole):
     root = whole.parents[1]
-    out = finish(start(root, run="whole"), expect=1)
+    out = go(root, RunError, run="whole")
     assert "-p resume True" in out and len(read_history(whole)) == 9
-    out = finish(start(root, run="whole", resume=True, learning_rate=2e-3), expect=1)
+    out = go(root, RunError, run="whole", resume=True, learning_rate=2e-3)
     assert "learning_rate" in out and "0.002" in out
 
 
@@ -118,7 +134,7 @@ def test_one_bad_photograph_is_left_out(photographs, tmp_path):
     (photographs / "text.png").write_text("not a picture")
     from PIL import Image
     Image.new("RGB", (1, 1)).save(photographs / "dot.png")
-    out = finish(start(tmp_path, run="r", data=str(photographs), steps=1))
+    out = go(tmp_path, run="r", data=str(photographs), steps=1)
     for name in ("truncated.jpg", "text.png", "dot.png"): assert f"left out: {photographs / name}" in out
     assert "3 photographs" in out
 
@@ -131,14 +147,14 @@ def test_one_bad_photograph_is_left_out(photographs, tmp_path):
     (dict(scale="full"), ["full"]),
 ], ids=lambda x: next(iter(x)) if isinstance(x, dict) else "")
 def test_wrong_parameters(change, words, tmp_path):
-    out = finish(start(tmp_path, run="r", **change), expect=1)
-    assert all(word in out.splitlines()[-1] or word in out for word in words), out
+    out = go(tmp_path, Exception, run="r", **change)
+    assert all(word in out for word in words), out
     assert not (tmp_path / "reports" / "r" / "config.json").exists()
 
 
 def test_unwritable_reports(tmp_path):
     (tmp_path / "reports").write_text("a file where the folder should be")
-    out = finish(start(tmp_path, run="r"), expect=1)
+    out = go(tmp_path, (OSError, RunError), run="r")
     assert str(tmp_path / "reports") in out and "is a file" in out
 
 
@@ -149,7 +165,7 @@ def test_full_disk_keeps_the_last_checkpoint(whole, tmp_path):
     out = finish(start(tmp_path, fill, run="whole"), expect=1)
     run = tmp_path / "reports" / "whole"
     assert "resume True" in out and checkpoint_steps(run) == [3] and not any((run / "checkpoints").glob(".*partial*")), out[-2000:]
-    finish(start(tmp_path, run="whole", resume=True))
+    go(tmp_path, run="whole", resume=True)
     assert history_differences(whole, run) == []
 
 
@@ -178,9 +194,9 @@ def test_two_processes_train_one_model(tmp_path):
 
 
 def test_photographs_of_a_resumed_run_are_the_same(photographs, tmp_path):
-    finish(start(tmp_path, run="r", data=str(photographs), steps=1))
+    go(tmp_path, run="r", data=str(photographs), steps=1)
     sorted(photographs.glob("*.jpg"))[0].unlink()
-    out = finish(start(tmp_path, run="r", data=str(photographs), steps=2, resume=True), expect=1)
+    out = go(tmp_path, RunError, run="r", data=str(photographs), steps=2, resume=True)
     assert "photographs" in out and "given 2, recorded 3" in out
 
 
