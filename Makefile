@@ -15,7 +15,7 @@ RUN := demo-$(shell date +%Y%m%d-%H%M%S)
 endif
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$p; break; }; done)
 PACKAGING := settings.ini setup.py pyproject.toml
-PARAMETERISED := ^(train|upscale|train_autoencoder|compare|prepare|caption|evaluate|user_study|degradation_benchmark|ablate|figures|stability|qualitative|pretrain|small_models)
+PARAMETERISED := ^(train|upscale|train_autoencoder|compare|prepare|caption|evaluate|user_study|degradation_benchmark|ablate|figures|stability|qualitative|pretrain|small_models|cost)
 
 .PHONY: help train test test-notebooks reports docs readme lab clean distclean
 

@@ -369,7 +369,7 @@ def _student_numbers(sums: Sums, students: list[int], teacher: int, negatives: l
     return _Numbers([g[students, students].contiguous() for g in grams], [g[students, teacher].contiguous() for g in grams], [g[students, negatives].contiguous() for g in grams],
                     pick(sums.cross), pick(sums.magnitude), pick(sums.difference))
 
-# %% ../nbs/05_distill.ipynb #c077
+# %% ../nbs/05_distill.ipynb #c078
 def _lengths(energies: list[Tensor]) -> tuple[Tensor, Tensor]:  # the floor, and the total
     "Floor under which a band's energy counts as nothing, as `measure` has it."
     total = (energies[0] + energies[1]).detach()
@@ -379,7 +379,7 @@ def _mean(magnitude: Tensor, energy: Tensor, floor: Tensor, elements: Tensor, ep
     "E of Eq. 3 from the sum of magnitudes; 0 for an empty band."
     return magnitude / (elements + eps) * (energy.detach() > floor)
 
-# %% ../nbs/05_distill.ipynb #c078
+# %% ../nbs/05_distill.ipynb #c080
 def _band_losses(n: _Numbers, k: int, scales: SimpleNamespace, config: FramerConfig, elements: int, first: int) -> tuple[Tensor, Tensor, Tensor]:
     "`band_terms` for all students together: s+, s- and the loss of LF (k=0) or HF (k=1), each (S, B)."
     s, kind = inverse_norm(n.own[k], scales.floor), (config.low, config.high)[k]
@@ -393,7 +393,7 @@ def _band_losses(n: _Numbers, k: int, scales: SimpleNamespace, config: FramerCon
         batch = (n.cross[k] * s[..., None] * source + others(torch.zeros_like(n.cross[k][0]), first)).flatten(0, 1)
     return plus, minus, inter_cl(plus.flatten(), minus.flatten(), batch).view_as(plus)
 
-# %% ../nbs/05_distill.ipynb #c079
+# %% ../nbs/05_distill.ipynb #c082
 def _all_terms(n: _Numbers, sums: Sums, students: list[int], teacher: int, negatives: list[int], config: FramerConfig, shape: tuple, counts: list[Tensor], first: int) -> LayerTerms:
     "Terms of all students, (S, B) each."
     energies = [g.diagonal(dim1=1, dim2=2).T for g in sums.gram]  # (n, B)
@@ -416,7 +416,7 @@ def scale_of_rows(energies: list[Tensor]) -> list[Tensor]:
     floor, _ = _lengths(energies)
     return [inverse_norm(e, floor) for e in energies]
 
-# %% ../nbs/05_distill.ipynb #c081
+# %% ../nbs/05_distill.ipynb #c084
 @dataclass
 class _Student:
     "What makes one student's gradient, when it is asked for."
@@ -447,7 +447,7 @@ class _Student:
             for a, b, g in self.pieces(scale, kept): into[:, a:b].add_(g)
         return [into]
 
-# %% ../nbs/05_distill.ipynb #c082
+# %% ../nbs/05_distill.ipynb #c086
 def _tied(values: Tensor, makers: list[_Student], layers: list[list[Tensor]], students: list[int], negatives: list[int], teacher: int, rows: list[Tensor], outputs: list) -> Tensor:
     "The sum of the students' values, each tied to its map: late where the layer's output is known, else at once."
     shares = []
@@ -459,7 +459,7 @@ def _tied(values: Tensor, makers: list[_Student], layers: list[list[Tensor]], st
         else: shares.append(with_gradient(value, maker, kept, layers[i]))
     return torch.stack(shares).sum()
 
-# %% ../nbs/05_distill.ipynb #c083
+# %% ../nbs/05_distill.ipynb #c088
 def _factors(losses: Tensor, n: _Numbers) -> list[Coefficients]:
     "Derivatives of the sum of `losses` by each student's numbers."
     leaves = n.leaves()
@@ -471,7 +471,7 @@ def _factors(losses: Tensor, n: _Numbers) -> list[Coefficients]:
     table = {k: of(k, k in ("own", "teacher", "negative")) for k in n.__dataclass_fields__}
     return [Coefficients(**{k: [None if r is None else r[s] for r in rows] for k, rows in table.items()}) for s in range(len(losses))]
 
-# %% ../nbs/05_distill.ipynb #c084
+# %% ../nbs/05_distill.ipynb #c090
 def _check_energies(total: Tensor, read, names: list):
     "As `_check_finite`: one synchronisation, and an error that names the first layer with NaN or inf."
     if not total.isfinite().all(): _check_finite([read(i) for i in range(len(names))], [SimpleNamespace(energy=e) for e in total], names)
@@ -480,7 +480,7 @@ def _given_or_drawn(count: int, teacher: int, config: FramerConfig, negatives: l
     students = [i for i in range(count) if i != teacher]
     return students, choose_negatives(count, teacher, config, generator) if negatives is None else _given(negatives, students)
 
-# %% ../nbs/05_distill.ipynb #c085
+# %% ../nbs/05_distill.ipynb #c092
 def lean_distillation(
     features: list[Tensor],  # (B, C, H, W) of every layer in forward order, the last the teacher's; (B, C_i, h_i, w_i) where there are heads
     config: FramerConfig | None = None,  # None: the paper's method
@@ -514,7 +514,7 @@ def lean_distillation(
     fields = [getattr(terms, f.name).detach().unbind(0) for f in dataclasses.fields(LayerTerms)[2:]]
     return Distillation(loss, [LayerTerms(names[i], names[j], *values) for i, j, *values in zip(students, negatives, *fields)], names[teacher])
 
-# %% ../nbs/05_distill.ipynb #c086
+# %% ../nbs/05_distill.ipynb #c094
 @torch.no_grad()
 def _teacher_rows(read, teacher: int, wanted: Wanted, config: FramerConfig) -> tuple[list[Tensor], int]:
     "The teacher's maps of all processes, in the model's precision, and where this process's begin; an empty list where there is one process, or none are wanted."
@@ -525,7 +525,7 @@ def _teacher_rows(read, teacher: int, wanted: Wanted, config: FramerConfig) -> t
 
 def _bin_counts(bins: BandBins) -> list[Tensor]: return [m.sum().double() for m in bins.masks]  # bins of the full spectrum, LF and HF
 
-# %% ../nbs/05_distill.ipynb #c098
+# %% ../nbs/05_distill.ipynb #c106
 class _AverageGradients:
     "Average the gradients of `parameters` over processes once, at the end of a backward pass; does nothing in a single process."
     def __init__(self, parameters):
@@ -546,12 +546,12 @@ class _AverageGradients:
     def remove(self):
         for h in self.handles: h.remove()
 
-# %% ../nbs/05_distill.ipynb #c099
+# %% ../nbs/05_distill.ipynb #c107
 def _all_sum(x: Tensor) -> Tensor:
     if _world() > 1: x = x.clone(); dist.all_reduce(x)
     return x
 
-# %% ../nbs/05_distill.ipynb #c101
+# %% ../nbs/05_distill.ipynb #c109
 def same_size(
     maps: list[Tensor],  # (B, C_i, h_i, w_i) in forward order, the last is the teacher's
     names: list[str],  # of the layers, for the message
@@ -562,7 +562,7 @@ def same_size(
     size = maps[-1].shape[-2:]
     return [m if m.shape[-2:] == size else F.interpolate(m, size=tuple(size), mode="bilinear", align_corners=False) for m in maps]
 
-# %% ../nbs/05_distill.ipynb #c104
+# %% ../nbs/05_distill.ipynb #c112
 @torch.no_grad()
 def worth_fitting(maps: list[Tensor], names: list[str]) -> bool:
     "Is there a teacher to fit heads to? `FloatingPointError` naming the layer that holds NaN or inf."
@@ -574,7 +574,7 @@ def worth_fitting(maps: list[Tensor], names: list[str]) -> bool:
         raise FloatingPointError(f"{where} feature values are NaN or inf in the batch that the heads would be fitted to. Look at the data and the model's weights, or train in bf16 instead of fp16")
     return bool(total[1] > 0)
 
-# %% ../nbs/05_distill.ipynb #c106
+# %% ../nbs/05_distill.ipynb #c114
 class AlignedFeatures(nn.Module):
     "Recorded maps of a model's layers in the teacher's shape: hooks, and heads where widths or sizes differ. The model is not a child of this module."
     def __init__(self,
@@ -608,7 +608,7 @@ class AlignedFeatures(nn.Module):
         if self.heads is None: return maps
         with torch.autocast(maps[-1].device.type, enabled=False): return self.heads(maps[:-1], maps[-1].shape[-2:]) + maps[-1:]
 
-# %% ../nbs/05_distill.ipynb #c108
+# %% ../nbs/05_distill.ipynb #c116
 class SeededDraws(nn.Module):
     "A CPU generator that a state_dict carries, as a tensor."
     def __init__(self, seed: int):
@@ -618,7 +618,7 @@ class SeededDraws(nn.Module):
     def get_extra_state(self) -> Tensor: return self.generator.get_state()
     def set_extra_state(self, state: Tensor): self.generator.set_state(state.cpu())
 
-# %% ../nbs/05_distill.ipynb #c111
+# %% ../nbs/05_distill.ipynb #c119
 class Framer(AlignedFeatures):
     "FRAMER on a model (Eq. 10). Its parameters are the heads', never the model's. Make one with `Framer.attach`."
     def __init__(self, model: nn.Module, taps: Taps, config: FramerConfig):

@@ -24,13 +24,12 @@ class BandBins:
     width: int
     masks: tuple[Tensor, Tensor] = field(repr=False)  # LF and HF, (H, W) bool, that make up the plane
     counts: Tensor = field(repr=False)  # (W//2 + 1,) float: bins of the full spectrum that each column stands for
-
     @property
     def halves(self) -> list[Tensor]: return [m[:, : self.width // 2 + 1] for m in self.masks]  # (H, W//2 + 1) bool each
 
     def weights(self, dtype: torch.dtype) -> list[Tensor]: return [h * self.counts.to(dtype) for h in self.halves]  # (H, W//2 + 1) each
 
-# %% ../nbs/04a_gram.ipynb #c007
+# %% ../nbs/04a_gram.ipynb #c008
 def band_rows(
     values: Tensor,  # (..., c, H, W//2 + 1) a half spectrum, or its magnitude
     bins: BandBins,
@@ -46,14 +45,14 @@ def band_rows(
     values = values * scale
     return (torch.view_as_real(values) if values.is_complex() else values).flatten(-3 if values.is_complex() else -2)
 
-# %% ../nbs/04a_gram.ipynb #c009
+# %% ../nbs/04a_gram.ipynb #c010
 def _positions(bins: BandBins, which: int) -> Tensor:
     "Indices of a band's bins in the flattened half spectrum, remembered."
     found = bins.__dict__.setdefault("_found", {})
     if which not in found: found[which] = bins.halves[which].flatten().nonzero().flatten()
     return found[which]
 
-# %% ../nbs/04a_gram.ipynb #c012
+# %% ../nbs/04a_gram.ipynb #c013
 @dataclass
 class Wanted:
     "What to collect beside inner products."
@@ -64,7 +63,7 @@ class Wanted:
     own_layer: bool = False  # other images' maps of the same layer instead of the teacher's
     magnitude_spectrum: bool = False  # |X| in the place of X
 
-# %% ../nbs/04a_gram.ipynb #c013
+# %% ../nbs/04a_gram.ipynb #c015
 @dataclass
 class Sums:
     "Numbers of one step, each a list [LF, HF]; None where not wanted. n layers, B samples, N samples of all processes."
@@ -73,12 +72,11 @@ class Sums:
     energies: list  # (N,) squared lengths of the other images' maps of the teacher
     magnitude: list  # (n, B) sum of |X| over the band and the channels
     difference: list  # (n, B) squared distance to the teacher
-
     def __add__(self, other: "Sums") -> "Sums":
         join = lambda a, b: None if a is None else a + b
         return Sums(*([join(x, y) for x, y in zip(getattr(self, k), getattr(other, k))] for k in self.__dataclass_fields__))
 
-# %% ../nbs/04a_gram.ipynb #c014
+# %% ../nbs/04a_gram.ipynb #c017
 def few_sums(
     maps: Tensor,  # (n, B, c, H, W) float32 or float64: some channels of all layers
     rows: Tensor | None,  # (N, c, H, W) the same channels of the teacher's maps of all processes; None: those of `maps`
@@ -96,21 +94,19 @@ def few_sums(
     magnitude = [None if per_bin is None else (per_bin * w).sum((-2, -1)) for w in bins.weights(maps.dtype)]
     return Sums([f[0] for f in found], [f[1] for f in found], [f[2] for f in found], magnitude, [f[3] for f in found])
 
-# %% ../nbs/04a_gram.ipynb #c015
+# %% ../nbs/04a_gram.ipynb #c019
 def _band_sums(values: Tensor, others: Tensor | None, bins: BandBins, which: int, wanted: Wanted) -> tuple:
     "Gram matrices, cross products, energies of other images' maps, and differences of one band."
     v = band_rows(values, bins, which)  # (n, B, K)
     by_sample = v.transpose(0, 1)
     gram, cross, energies, difference = by_sample @ by_sample.mT, None, None, None
     if wanted.crosses[which] and wanted.own_layer: cross = v @ v.mT
-    elif wanted.crosses[which]:
-        rows = v[wanted.teacher] if others is None else band_rows(others, bins, which)
-        cross = v @ rows.T
+    elif wanted.crosses[which]: cross = v @ (v[wanted.teacher] if others is None else band_rows(others, bins, which)).T
     if any(wanted.crosses) and others is not None: energies = band_rows(others, bins, which).square().sum(-1)
     if wanted.differences: difference = (v - v[wanted.teacher]).square().sum(-1)
     return gram, cross, energies, difference
 
-# %% ../nbs/04a_gram.ipynb #c017
+# %% ../nbs/04a_gram.ipynb #c021
 def spans(
     channels: int,  # of a map
     elements: int,  # numbers that one channel of all maps together has
@@ -120,7 +116,7 @@ def spans(
     width = max(1, min(channels, limit // max(1, elements)))
     return [(a, min(a + width, channels)) for a in range(0, channels, width)]
 
-# %% ../nbs/04a_gram.ipynb #c019
+# %% ../nbs/04a_gram.ipynb #c024
 @torch.no_grad()
 def all_sums(
     read: Callable,  # (layer, first, last + 1) -> (B, c, H, W), those channels
@@ -142,7 +138,7 @@ def all_sums(
         total = found if total is None else total + found
     return total
 
-# %% ../nbs/04a_gram.ipynb #c024
+# %% ../nbs/04a_gram.ipynb #c029
 def real_waves(
     mask: Tensor,  # (H, W) bool: bins of a full spectrum, symmetric about DC
 ) -> Tensor:  # (K, H W) float64, orthonormal rows
@@ -158,7 +154,7 @@ def real_waves(
         rows += [angle.cos() * (1 if alone else math.sqrt(2))] + ([] if alone else [angle.sin() * math.sqrt(2)])
     return torch.stack(rows) / math.sqrt(h * w) if rows else torch.zeros(0, h * w, dtype=torch.float64)
 
-# %% ../nbs/04a_gram.ipynb #c026
+# %% ../nbs/04a_gram.ipynb #c032
 @lru_cache(maxsize=32)
 def low_waves(height: int, width: int, radius: float, dtype: torch.dtype, device: torch.device, most: float = 0.25) -> Tensor | None:
     "`real_waves` of the disc of `radius`, remembered; None where it holds more than the share `most` of all bins."
@@ -167,7 +163,7 @@ def low_waves(height: int, width: int, radius: float, dtype: torch.dtype, device
     if disc.sum() > max(1, most * height * width): return None
     return real_waves(disc).to(device, dtype)
 
-# %% ../nbs/04a_gram.ipynb #c027
+# %% ../nbs/04a_gram.ipynb #c034
 def low_part(
     maps: Tensor,  # (..., H, W) float32 or float64
     bins: BandBins,
@@ -177,7 +173,7 @@ def low_part(
     if waves is not None: return (maps.flatten(-2) @ waves.T @ waves).view(maps.shape)
     return torch.fft.irfft2(torch.fft.rfft2(maps, norm="ortho") * bins.halves[0], s=maps.shape[-2:], norm="ortho")
 
-# %% ../nbs/04a_gram.ipynb #c030
+# %% ../nbs/04a_gram.ipynb #c037
 @dataclass
 class Coefficients:
     "Derivatives of a loss by one student's numbers, each [LF, HF] of (B,), None where the loss does not depend on it; `cross` of (B, N)."
@@ -197,7 +193,7 @@ class Coefficients:
 
     def scaled(self, by: Tensor) -> "Coefficients": return Coefficients(*([None if x is None else x * by for x in getattr(self, k)] for k in self.__dataclass_fields__))
 
-# %% ../nbs/04a_gram.ipynb #c031
+# %% ../nbs/04a_gram.ipynb #c039
 def map_gradient(
     maps: Tensor,  # (B, 3, c, H, W) float32 or float64: student, teacher, layer negative
     rows: Tensor | None,  # (N, c, H, W) other images' maps; None where no coefficient asks for them
@@ -215,13 +211,13 @@ def map_gradient(
     x = torch.fft.rfft2(maps[:, 0], norm="ortho")
     return out + torch.fft.irfft2(x.sgn_() * _field(k.magnitude, bins), s=maps.shape[-2:], norm="ortho")
 
-# %% ../nbs/04a_gram.ipynb #c032
+# %% ../nbs/04a_gram.ipynb #c040
 def _field(by_band: list, bins: BandBins) -> Tensor:  # (B, 1, H, W//2 + 1)
     "One number per sample and band, laid out on the bins."
     low, high = bins.halves
     return (by_band[0][:, None, None] * low + by_band[1][:, None, None] * high)[:, None]
 
-# %% ../nbs/04a_gram.ipynb #c034
+# %% ../nbs/04a_gram.ipynb #c042
 def magnitude_gradient(
     maps: Tensor,  # (B, 3, c, H, W): student, teacher, layer negative
     rows: Tensor | None,  # (N, c, H, W) other images' maps
@@ -240,7 +236,7 @@ def magnitude_gradient(
         field = field + half * part
     return torch.fft.irfft2(x[:, 0].sgn() * field, s=maps.shape[-2:], norm="ortho")
 
-# %% ../nbs/04a_gram.ipynb #c039
+# %% ../nbs/04a_gram.ipynb #c047
 def least_work(
     layers: int = 24, batch: int = 16, channels: int = 1536, height: int = 32, width: int = 32,  # of the maps
     bytes_each: int = 2,  # of a number in the model's precision
@@ -248,8 +244,8 @@ def least_work(
     faw: bool = True, faw_grad: bool = True,  # whether magnitudes are needed, and their gradient
 ) -> dict:  # bytes and operations, forward and backward
     "What one step of the distillation cannot do without: bytes that must move and operations that must be done."
-    n, pixels = batch * channels * height * width, height * width
-    students, fft = layers - 1, 2.5 * n * math.log2(max(2, pixels))
+    n, pixels, students = batch * channels * height * width, height * width, layers - 1
+    fft = 2.5 * n * math.log2(max(2, pixels))
     forward = dict(bytes=layers * n * bytes_each, operations=layers * ((fft if faw else 4 * n * waves) + 2 * n * layers + 2 * n * batch))
     backward = dict(bytes=5 * students * n * bytes_each, operations=students * (12 * n + 2 * n * batch + 4 * n * waves + (2 * fft if faw and faw_grad else 0)))
     return dict(forward=forward, backward=backward, total={k: forward[k] + backward[k] for k in forward})

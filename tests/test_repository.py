@@ -10,7 +10,7 @@ else: import tomli as tomllib
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 NUMBERED = [p for p in NOTEBOOKS if p.name[0].isdigit()]
-JOBS = [p for p in NOTEBOOKS if p.stem in ("train", "upscale", "train_autoencoder", "compare", "prepare", "caption", "evaluate", "user_study", "degradation_benchmark", "ablate", "figures", "stability", "qualitative", "pretrain", "small_models")]
+JOBS = [p for p in NOTEBOOKS if p.stem in ("train", "upscale", "train_autoencoder", "compare", "prepare", "caption", "evaluate", "user_study", "degradation_benchmark", "ablate", "figures", "stability", "qualitative", "pretrain", "small_models", "cost")]
 MODULES = sorted(p for p in (ROOT / "framer").glob("*.py") if not p.stem.startswith("_"))
 NBDEV = [sys.executable, "-c", "import sys; from importlib.metadata import entry_points as e; f = next(p for p in e(group='console_scripts') if p.name == sys.argv[1]).load(); sys.argv = sys.argv[1:]; f()"]
 
