@@ -23,8 +23,8 @@ FLOORS = {
     4: "training sampling pipelines evaluation comparison study inventory figures analysis ablation cost small",
 }
 FLOOR = {m: n for n, names in FLOORS.items() for m in names.split()}
-PLUG_AND_PLAY = ["masks", "losses", "modulation", "heads", "hooks", "distill"]   # these need torch alone
-METHOD = {"masks", "losses", "modulation", "heads", "hooks", "distill"}          # a backbone knows nothing of FRAMER
+PLUG_AND_PLAY = ["masks", "losses", "modulation", "heads", "hooks", "gram", "late", "distill"]   # these need torch alone
+METHOD = {"masks", "losses", "modulation", "heads", "hooks", "gram", "late", "distill"}          # a backbone knows nothing of FRAMER
 
 
 def names(paths): return [p.name for p in paths]
