@@ -74,7 +74,7 @@ def random_backbone(
     "A backbone with random weights."
     everything = trainable == "all"
     if recipe == "algorithm-1": return (tiny_sd2 if name == "sd2" else tiny_sd3)(seed, why, scale, vae=vae, text=text, **options)
-    if recipe == "one-step": return new_one_step(name, scale, seed, why, vae=vae, text=text, **options)
+    if recipe == "one-step": return new_one_step(name, scale, seed, why, vae=vae, text=text, **{"lpips_weight": 0.0, **options})
     if recipe == "framer-u":
         model = new_model("sd2", "unet", scale, seed)
         if everything: nn.init.zeros_(model.conv_out.weight); nn.init.zeros_(model.conv_out.bias)
@@ -107,6 +107,8 @@ def what_is_in(
     if config["in_channels"] not in (base, 2 * base): raise ValueError(f"weights={str(folder)!r} holds a {kind} of {config['in_channels']} input channels: expected {base} ({name} as published) or {2 * base} (Algorithm 1)")
     if config["in_channels"] == 2 * base: return "algorithm-1"
     trained = read_card(folder).get("recipe")
+    index = Path(folder) / "model_index.json"
+    if index.is_file() and "OneStepPipeline" in str(json.loads(index.read_text()).get("_class_name")): return "one-step"
     return "framer-u" if (place / "adapters.safetensors").is_file() else trained if trained in ONE_STEP else "plain"
 
 # %% ../nbs/13_backbones.ipynb #c026
