@@ -39,7 +39,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 from . import training
-from .analysis import cross_similarity, layer_maps, layer_similarity, lf_dominance, off_diagonal
+from .analysis import cross_similarity, layer_maps, layer_similarity, lf_dominance, off_diagonal, probe_timesteps
 from .backbones import read_card, restore
 from .comparison import escape_tex, holm, paired_differences, paired_statistics, sign, write_text
 from .distill import framer_config
@@ -280,7 +280,7 @@ def look(
     backbone = load_trained(run_path(config.run) / "model", device, **dict(zip(("text", "t5_tokens"), (config.text, config.t5_tokens))))
     made, hr, lr = held_out(config, backbone)
     found = dict(model=read_card(run_path(config.run) / "model"), scores=scored(_scorer(("psnr", "ssim", *ablation.metrics), device, ablation.metric_weights or None)(made, hr)))
-    samples, times = [x.to(device) for x in samples_of(hr, lr)], (1,) if backbone.recipe == "framer-u" else (300, 700)
+    samples, times = [x.to(device) for x in samples_of(hr, lr)], probe_timesteps(backbone)
     with torch.no_grad(): found.update(statistics=band_statistics(backbone, *samples, times, config.seed), similarity=layer_similarity(backbone, *samples, times, seed=config.seed))
     return dict(found, test=score_test_set(config, ablation, backbone)) if ablation.test_lr else found
 

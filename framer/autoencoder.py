@@ -388,9 +388,9 @@ def model_card(latent_channels: int, # 4 or 16
 
 `diffusers.AutoencoderKL`, factor 8, block channels {BLOCK_CHANNELS}, no attention; weights in float16. Made by `nbs/train_autoencoder.ipynb`.
 
-- **Use**: `framer.autoencoder.load_autoencoder({latent_channels})`; the latent space of the tiny backbones of this package.
+- **Use**: {f"the bundled autoencoder with a sharper decoder: `load_autoencoder({latent_channels}, folder)`; its latents are the same" if facts.get("decoder_only") else f"`framer.autoencoder.load_autoencoder({latent_channels})`; the latent space of the tiny backbones of this package"}.
 - **Data**: {facts["pictures"]} pictures, listed below. {facts["about"]}
-- **Budget**: {facts["steps"]} steps of {facts["batch_size"]} crops of {facts["crop"]} x {facts["crop"]} pixels (half that side for the first 60 % of the budget), {facts["minutes"]} minutes on {facts["threads"]} thread(s) of one {facts["hardware"]}.
+- **Budget**: {facts["steps"]} steps of {facts["batch_size"]} crops of {facts["crop"]} x {facts["crop"]} pixels{"" if facts.get("perceptual_weight") else " (half that side for the first 60 % of the budget)"}, {facts["minutes"]} minutes on {facts["threads"]} thread(s) of one {facts["hardware"]}.
 - **Settings**: AdamW, lr {facts["lr"]}, gradient weight {facts["gradient_weight"]}, KL weight {facts["kl_weight"]}, LPIPS weight {facts.get("perceptual_weight", 0)}, {"from " + facts["start"] if facts.get("start") else "from nothing"}{", decoder alone" if facts.get("decoder_only") else ""}, seed {facts["seed"]}; torch {facts["torch"]}, diffusers {facts["diffusers"]}, commit {facts["commit"]}.
 - **Held-out PSNR**: {sum(psnr) / len(psnr):.2f} dB (mean over {len(psnr)} photographs never trained on, central 512 x 512, RGB).
 - **Limits**: no model in this latent can do better than this PSNR. Trained on few photographs, for minutes: fine texture, faces and text are

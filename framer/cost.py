@@ -207,8 +207,8 @@ def contest(bench: Bench, contestants: list[str], rounds: int, warmup: int) -> t
 # %% ../nbs/26_cost.ipynb #c029
 _KINDS = dict(fft=("fft",), similarities=("bmm", "::mm", "addmm", "matmul", "baddbmm"), heads=("conv", "upsample"))
 
-def breakdown(bench: Bench) -> dict:
-    "Milliseconds of FRAMER's loss by kind of operation, and of its forward and backward pass."
+def breakdown(bench: Bench, rounds: int = 5) -> dict:
+    "Milliseconds of FRAMER's loss by kind of operation (mean of the rounds), and of its forward and backward pass (medians)."
     from torch.profiler import ProfilerActivity, profile
     bench.enter("framer")
     with bench.precision(): bench.model(**bench.inputs)
@@ -218,14 +218,13 @@ def breakdown(bench: Bench) -> dict:
     run = lambda: lean_distillation(leaves, bench.config, heads=heads) if lean else distillation([m.detach().requires_grad_() for m in f.features()] if heads else leaves, bench.config)
     run().loss.backward()
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as seen:
-        forward = _timed(lambda: setattr(bench, "_loss", run().loss), bench.device)
-        backward = _timed(lambda: bench._loss.backward(), bench.device)
+        spent = [[_timed(call, bench.device)[0 if cuda else 1] * 1e3 for call in (lambda: setattr(bench, "_loss", run().loss), lambda: bench._loss.backward())] for _ in range(rounds)]
     found = dict.fromkeys([*_KINDS, "rest"], 0.0)
     for e in seen.key_averages():
         kind = next((k for k, words in _KINDS.items() if any(w in e.key for w in words)), "rest")
-        found[kind] += (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1e3
+        found[kind] += (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1e3 / rounds
     f.recorder.clear(); bench._loss = None; bench.enter("baseline")
-    passes = dict(forward=forward[0 if cuda else 1] * 1e3, backward=backward[0 if cuda else 1] * 1e3)
+    passes = {k: statistics.median(v) for k, v in zip(("forward", "backward"), zip(*spent))}
     share = 1 if cuda else sum(passes.values()) / sum(found.values())  # on a CPU the profiler's clock also runs while others have the core
     return dict(**{k: v * share for k, v in found.items()}, **passes)
 

@@ -32,7 +32,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from .analysis import layer_similarity
+from .analysis import layer_similarity, probe_timesteps
 from .backbones import ONE_STEP, base_digest, check_settings, choose_recipe, ever_trained, load_backbone, restore, save_backbone
 from .cache import PromptCache, fingerprint
 from .datasets import degraded_pair, pair_loader
@@ -614,7 +614,7 @@ def finish(parts: Parts, run: RunFolder, files: Log, pairs, config: TrainConfig,
     scores, near = files.validated[1:] if files.validated[0] == steps else validate(parts, run, pairs, config, steps)
     with averaged_weights(parts):
         with torch.no_grad(), autocast(parts):
-            similarity = layer_similarity(parts.backbone, quarters(hr), quarters(lr), timesteps=(1,) if parts.backbone.recipe in ONE_STEP else (300, 700), seed=config.seed)
+            similarity = layer_similarity(parts.backbone, quarters(hr), quarters(lr), timesteps=probe_timesteps(parts.backbone), seed=config.seed)
             through = torch.cat([parts.backbone.decode(parts.backbone.encode(x[None] * 2 - 1)) for x in hr]).float() / 2 + 0.5
         save_backbone(parts.backbone, run.path / "model")
     rows = read_history(run.path / "validation.csv")
