@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .gram import BandBins, Coefficients, Sums, Wanted, all_sums, low_waves, magnitude_gradient, map_gradient, spans
 from .heads import AlignmentHeads, align, fit_heads
 from .hooks import Recorder, Taps, find_taps
-from .late import Site, find_window, with_gradient
+from .late import Site, find_site, with_gradient
 from .losses import at_least, band_mse, inter_cl, intra_cl, inverse_norm, others
 from .masks import band_masks, band_vector, half_counts, half_spectrum, split_bands
 from .modulation import fam, faw, mean_magnitude, relative_difference
@@ -448,15 +448,13 @@ class _Student:
         return [into]
 
 # %% ../nbs/05_distill.ipynb #c086
-def _tied(values: Tensor, makers: list[_Student], layers: list[list[Tensor]], students: list[int], negatives: list[int], teacher: int, rows: list[Tensor], outputs: list) -> Tensor:
-    "The sum of the students' values, each tied to its map: late where the layer's output is known, else at once."
+def _tied(values: Tensor, makers: list[_Student], layers: list[list[Tensor]], students: list[int], negatives: list[int], teacher: int, rows: list[Tensor], sites: list) -> Tensor:
+    "The sum of the students' values, each tied to its map: late where the map's site is known, else at once."
     shares = []
     for value, maker, i, j in zip(values, makers, students, negatives):
         kept = [*layers[i], *layers[teacher], *layers[j], *rows]
         maker.parts = [len(layers[i]), len(layers[teacher]), len(layers[j]), len(rows)]
-        found = find_window(layers[i][0], outputs[i]) if outputs and len(layers[i]) == 1 else None
-        if found: shares.append(with_gradient(value, maker, kept, [found[0]], Site(*found)))
-        else: shares.append(with_gradient(value, maker, kept, layers[i]))
+        shares.append(with_gradient(value, maker, kept, layers[i], sites[i] if sites and len(layers[i]) == 1 else None))
     return torch.stack(shares).sum()
 
 # %% ../nbs/05_distill.ipynb #c088
@@ -488,7 +486,7 @@ def lean_distillation(
     generator: torch.Generator | None = None,  # draws negatives and the random teacher
     names: list[str] | None = None,  # layer names, for messages and terms
     heads=None,  # 1x1 convolutions for all layers but the last; None: the maps have one shape
-    outputs: list[list[Tensor]] | None = None,  # what the layers returned, the maps being views of it: gradients are then made when the backward pass gets there
+    sites: list[Site | None] | None = None,  # where each layer's gradient can be added when the backward pass gets there; None: all at once
 ) -> Distillation:  # its layers' terms carry no gradient
     "`distillation` with the same values and gradients and little memory. `ValueError` and `FloatingPointError` as there."
     config, names, count = config or FramerConfig(), names or list(range(len(features))), len(features)
@@ -510,7 +508,7 @@ def lean_distillation(
             terms = _all_terms(n, sums, students, teacher, negatives, config, (count, *shape), _bin_counts(bins), first)
             losses = config.weight * terms.loss.mean(1)
             makers = [_Student(k, [], tuple(shape), bins, config, dtype) for k in _factors(losses, n)]
-        loss = _tied(losses.detach(), makers, layers, students, negatives, teacher, rows, outputs)
+        loss = _tied(losses.detach(), makers, layers, students, negatives, teacher, rows, sites)
     fields = [getattr(terms, f.name).detach().unbind(0) for f in dataclasses.fields(LayerTerms)[2:]]
     return Distillation(loss, [LayerTerms(names[i], names[j], *values) for i, j, *values in zip(students, negatives, *fields)], names[teacher])
 
@@ -591,7 +589,7 @@ class AlignedFeatures(nn.Module):
         self.heads = AlignmentHeads(taps.channels[:-1], taps.channels[-1]).to(device) if taps.multiscale else None
         self.register_buffer("fitted", torch.tensor(self.heads is None or config.head_init == "random"))
         self.sync = _AverageGradients(self.parameters())
-        self.recorder = Recorder(model, taps)
+        self.recorder = Recorder(model, taps, mark=find_site)
 
     def maps(self) -> list[Tensor]:
         "(B, C_i, h_i, w_i) of every layer: what goes into the heads, which the first call fits; without heads, all in the teacher's size. `RuntimeError` when nothing was recorded."
@@ -642,7 +640,7 @@ class Framer(AlignedFeatures):
         "The distillation term for the last recorded call (scalar); `terms` then holds its parts. `RuntimeError` when nothing was recorded."
         options = dict(generator=self.draws.generator, names=self.taps.names)
         if choose_implementation(self.config) == "reference": result = distillation(self.features(), self.config, **options)
-        else: result = lean_distillation(self.maps(), self.config, heads=self.heads and self.heads.projections, outputs=self.recorder.outputs, **options)
+        else: result = lean_distillation(self.maps(), self.config, heads=self.heads and self.heads.projections, sites=self.recorder.marks, **options)
         self.terms = result.detach()
         self.recorder.clear()
         return result.loss

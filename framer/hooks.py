@@ -6,7 +6,7 @@ Docs: https://framer-sr.github.io/framer/hooks.html.md"""
 
 # %% auto #0
 __all__ = ['class_names', 'unwrap', 'tokens_to_map', 'input_size', 'first_map', 'unet_layers', 'sd3_layers', 'image_tokens',
-           'match_layers', 'width_of', 'Taps', 'find_taps', 'Hook', 'hooks_left', 'CallRecord', 'read_maps',
+           'match_layers', 'width_of', 'Taps', 'find_taps', 'Hook', 'hooks_left', 'Kept', 'CallRecord', 'read_maps',
            'forget_compiled', 'Recorder']
 
 # %% ../nbs/04_hooks.ipynb #c005
@@ -243,7 +243,7 @@ class Hook:
         self.function, self.first = function, first
 
     def __call__(self, *args):
-        if self.function is not None: self.function(*self.first, *args)
+        if self.function is not None: return self.function(*self.first, *args)
 
     def __deepcopy__(self, memo): return Hook()
     def __reduce__(self): return Hook, ()
@@ -263,10 +263,25 @@ def _in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 # %% ../nbs/04_hooks.ipynb #c090
-def _version(output: object) -> list:
-    "Tensors of an output with their version counters, which in-place changes move on."
-    parts = output if isinstance(output, (tuple, list)) else [output]
-    return [(x, x._version) for x in parts if isinstance(x, Tensor)]
+def _parts(output: object) -> list[Tensor]: return [x for x in (output if isinstance(output, (tuple, list)) else [output]) if isinstance(x, Tensor)]
+
+def _source(map_: Tensor, output: object) -> Tensor | None:
+    "The tensor of a layer's output that a map is, or is a view of."
+    base = map_._base if map_._is_view() else map_
+    return next((x for x in _parts(output) if base is x or x._is_view() and base is x._base), None)
+
+@dataclass
+class Kept:
+    "What is recorded of one layer."
+    layer: int  # its number
+    map: Tensor  # (B, C, H, W)
+    source: Tensor | None = None  # what the map is a view of; None where that is not known, with gradients off, or while compiling
+    version: int = 0  # of the source, which in-place changes move on
+    mark: object = None  # what `Recorder(..., mark=)` made of the map and its source
+    output: object = None  # what the layer returned; let go when the next layer is done
+
+    @property
+    def changed(self) -> bool: return self.source is not None and self.source._version != self.version
 
 # %% ../nbs/04_hooks.ipynb #c093
 _GRAD_OFF = ("layer {!r} ran with gradients off while the model's forward pass had them on, so nothing can teach it. Re-entrant gradient checkpointing does this: "
@@ -275,8 +290,11 @@ _GRAD_OFF = ("layer {!r} ran with gradients off while the model's forward pass h
 # %% ../nbs/04_hooks.ipynb #c095
 class CallRecord:
     "The maps of the call that counts. `begin` and `end` frame a forward pass of the whole model, `keep` takes a layer's output."
-    def __init__(self, taps: Taps):
-        self.taps, self.forced, self.pinned = taps, False, False
+    def __init__(self,
+        taps: Taps,
+        mark: Callable | None = None,  # (map, source) -> anything, called when a map that is a view of its layer's output is recorded
+    ):
+        self.taps, self.mark, self.forced, self.pinned = taps, mark, False, False
         self.open = self.done = self.hw = None
         self.why = "the model was not called since then"
 
@@ -287,11 +305,14 @@ class CallRecord:
             if not model.training: self.why = "the model was called in eval mode (call model.train())"; return
             if not torch.is_grad_enabled(): self.why = "the model was called under no_grad or inference_mode"; return
         self.hw, self.grad = input_size(args, kwargs), torch.is_grad_enabled()
+        self.checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in self.taps.model.modules())
         self.done, self.open, self.pinned = None, [], False
         self.why = "the model's last forward pass did not finish"
 
     def end(self, model, args, output):
-        if self.open is not None: self.done, self.open, self.pinned = self.open, None, self.forced
+        if self.open is None: return
+        if self.open: self.open[-1].output = None
+        self.done, self.open, self.pinned = self.open, None, self.forced
 
     def abandon(self, model, args, output): self.open = None
 
@@ -299,7 +320,41 @@ class CallRecord:
         if self.open is None: return
         name = self.taps.names[i]
         if self.grad and not torch.is_grad_enabled(): raise RuntimeError(_GRAD_OFF.format(name))
-        self.open.append((i, self.taps.to_map(output, name, self.hw), _version(output) if self.grad and not torch.compiler.is_compiling() else []))
+        kept = Kept(i, self.taps.to_map(output, name, self.hw))
+        if self.open: self.open[-1].output = None
+        self.open.append(kept)
+        if self.grad and not torch.compiler.is_compiling() and isinstance(kept.map, Tensor): self.note(kept, output)
+
+    def note(self, kept, output):
+        kept.source = _source(kept.map, output)
+        if kept.source is None: return
+        kept.output, kept.version, kept.mark = output, kept.source._version, self.mark and self.mark(kept.map, kept.source)
+
+# %% ../nbs/04_hooks.ipynb #7b53e67c
+_NORMS_IN_FLOAT32 = {"cuda"}  # devices whose autocast runs layer and group normalisation in float32
+
+def _cast_by_norm(x: Tensor) -> bool:
+    "Will autocast make a float32 copy of a normalisation's input, and autograd keep it?"
+    device = x.device.type
+    return x.dtype in (torch.float16, torch.bfloat16) and x.requires_grad and device in _NORMS_IN_FLOAT32 and torch.is_autocast_enabled(device)
+
+# %% ../nbs/04_hooks.ipynb #f566e25f
+def _replaced(output: object, old: Tensor, new: Tensor) -> object:
+    "A layer's output with one tensor in the place of another."
+    if output is old: return new
+    return type(output)(new if x is old else x for x in output)
+
+def _share(self: CallRecord, norm: nn.Module, args: tuple) -> tuple | None:  # other arguments for the normalisation
+    "Record the float32 copy of the last map's source that a normalisation is about to make."
+    if torch.compiler.is_compiling() or not self.open or not args: return None
+    last, x = self.open[-1], args[0]
+    if last.output is None or x is not last.source or self.checkpointed or not _cast_by_norm(x): return None
+    copy = x.float()
+    last.map = self.taps.to_map(_replaced(last.output, x, copy), self.taps.names[last.layer], self.hw)
+    last.source, last.version, last.output = copy, copy._version, None
+    return copy, *args[1:]
+
+CallRecord.share = _share
 
 # %% ../nbs/04_hooks.ipynb #c098
 def _check_order(names: list[str], ran: list[int]):
@@ -309,10 +364,11 @@ def _check_order(names: list[str], ran: list[int]):
     if order != sorted(order): raise RuntimeError(f"the model runs its layers in the order {', '.join(names[i] for i in order)}; give layers= in this order, the last is the teacher")
 
 # %% ../nbs/04_hooks.ipynb #c101
-def _check_map(name: str, x: object, versions: list, width: int | None):
-    "Raises RuntimeError unless `x` is a (B, C, H, W) tensor, C is `width` if that is known, and the output it was read from is unchanged."
+def _check_map(name: str, kept: Kept, width: int | None):
+    "Raises RuntimeError unless the map is a (B, C, H, W) tensor, C is `width` if that is known, and the output it was read from is unchanged."
+    x = kept.map
     if getattr(x, "ndim", 0) != 4: raise RuntimeError(f"to_map gave {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__} for {name!r}; a tensor of shape (B, C, H, W) was expected")
-    if any(t._version != n for t, n in versions): raise RuntimeError(f"the output of {name!r} was changed in place after it was recorded (an inplace activation?); record the layer that changed it")
+    if kept.changed: raise RuntimeError(f"the output of {name!r} was changed in place after it was recorded (an inplace activation?); record the layer that changed it")
     if width not in (None, x.shape[1]): raise RuntimeError(f"{name!r} was taken to be {width} channels wide, its map is {tuple(x.shape)}; pass channels=")
 
 # %% ../nbs/04_hooks.ipynb #c104
@@ -321,10 +377,10 @@ def read_maps(record: CallRecord) -> list[Tensor]:
     if record.done is None:
         raise RuntimeError(f"no features are recorded: {record.why}. They are recorded when the model (not model.forward) is called in training mode with gradients on, "
                            "or in any mode inside `with recording():`; afterwards clear() drops them")
-    taps, found = record.taps, {i: (x, v) for i, x, v in record.done}
-    _check_order(taps.names, [i for i, _, _ in record.done])
-    for i, (x, v) in found.items(): _check_map(taps.names[i], x, v, taps.channels[i])
-    maps = [found[i][0] for i in range(len(taps.names))]
+    taps, found = record.taps, {k.layer: k for k in record.done}
+    _check_order(taps.names, [k.layer for k in record.done])
+    for i, k in found.items(): _check_map(taps.names[i], k, taps.channels[i])
+    maps = [found[i].map for i in range(len(taps.names))]
     taps.shapes = [tuple(x.shape) for x in maps]
     return maps
 
@@ -333,6 +389,7 @@ def _hang_up(record: CallRecord, model: nn.Module) -> list:
     "Register a record's hooks on the model and on the layers of its taps. Returns their handles."
     before = model.register_forward_pre_hook(Hook(record.begin), with_kwargs=True)
     layers = [m.register_forward_hook(Hook(record.keep, i)) for i, m in enumerate(record.taps.modules)]
+    layers += [m.register_forward_pre_hook(Hook(record.share)) for m in model.modules() if isinstance(m, (nn.LayerNorm, nn.GroupNorm))]
     return [before, *layers, model.register_forward_hook(Hook(record.end)), model.register_forward_hook(Hook(record.abandon), always_call=True)]
 
 # %% ../nbs/04_hooks.ipynb #c110
@@ -346,8 +403,9 @@ class Recorder(CallRecord):
     def __init__(self,
         model: nn.Module,  # may be wrapped, before or after
         taps: Taps,  # of this model, from `find_taps`
+        mark: Callable | None = None,  # (map, source) -> anything, kept in `marks`, for maps that are views of their layer's output
     ):
-        super().__init__(taps)
+        super().__init__(taps, mark)
         top = unwrap(model)
         if top is not taps.model: raise ValueError(f"taps belong to another {type(taps.model).__name__}, not to this {type(top).__name__}: call find_taps on the model that is trained")
         self.handles = _hang_up(self, top)
@@ -380,9 +438,9 @@ class Recorder(CallRecord):
     def __exit__(self, *error): self.remove()
 
 # %% ../nbs/04_hooks.ipynb #c114
-def _outputs(self: Recorder) -> list[list[Tensor]]:
-    "The tensors that each layer returned in that call; empty lists where gradients were off or the model is compiled."
-    last = {i: [x for x, _ in versions] for i, _, versions in self.done or []}
-    return [last.get(i, []) for i in range(len(self.taps.names))]
+def _marks(self: Recorder) -> list:
+    "What `mark` made of each layer's map in that call; None where gradients were off, the model is compiled, or the map is no view."
+    last = {k.layer: k.mark for k in self.done or []}
+    return [last.get(i) for i in range(len(self.taps.names))]
 
-Recorder.outputs = property(_outputs)
+Recorder.marks = property(_marks)
