@@ -11,6 +11,7 @@ __all__ = ['FramerConfig', 'framer_config', 'choose_teacher', 'choose_negatives'
 
 # %% ../nbs/05_distill.ipynb #c003
 import dataclasses, difflib, math, warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .gram import BandBins, Coefficients, Sums, Wanted, all_sums, low_waves, magnitude_gradient, map_gradient, spans
+from .gram import BandBins, Coefficients, Rows, Sums, Wanted, all_sums, low_waves, magnitude_gradient, map_gradient, spans
 from .heads import AlignmentHeads, align, fit_heads
 from .hooks import Recorder, Taps, find_taps
 from .late import Site, find_site, with_gradient
@@ -426,6 +427,15 @@ class _Student:
     bins: BandBins
     config: FramerConfig
     dtype: torch.dtype  # float32, or float64
+    shared: dict  # other images' maps, for all students of a backward pass
+
+    def others(self, channels: tuple[int, int], read: Callable, waves: Tensor | None) -> Rows:
+        "Some channels of other images' maps in `dtype`, made once a backward pass."
+        if channels in self.shared: return self.shared[channels]
+        made = Rows(read().to(self.dtype).contiguous(), waves)
+        if torch._C._current_graph_task_id() == -1: return made
+        if not self.shared: torch.autograd.Variable._execution_engine.queue_callback(self.shared.clear)
+        return self.shared.setdefault(channels, made)
 
     def pieces(self, scale: Tensor, kept: list[Tensor]):
         "(first, last, gradient (B, c, H, W) of those channels) for all channels."
@@ -433,12 +443,12 @@ class _Student:
         student, teacher, negative, rows = ([next(split) for _ in range(k)] for k in self.parts)
         waves = low_waves(*size, self.config.radius if self.config.frequency_split else 2.0, self.dtype, kept[0].device)
         make = magnitude_gradient if self.config.spectrum == "magnitude" else map_gradient
-        uses_rows = any(c is not None for c in factors.cross)
-        for a, b in spans(channels, 3 * batch * math.prod(size), 2**23):
-            maps = torch.empty(batch, 3, b - a, *size, dtype=self.dtype, device=kept[0].device)
-            for k, tensors in enumerate((student, teacher, negative)): maps[:, k].copy_(_channels(tensors, size, a, b))
-            others_ = rows[0][:, a:b].to(self.dtype) if rows else maps[:, 0 if self.config.in_batch == "student" else 1]
-            yield a, b, make(maps, others_ if uses_rows else None, factors, self.bins, waves)
+        for a, b in spans(channels, batch * math.prod(size), 2**24):
+            own = torch.empty(batch, b - a, *size, dtype=self.dtype, device=kept[0].device).copy_(_channels(student, size, a, b))
+            others_ = None
+            if any(c is not None for c in factors.cross): others_ = Rows(own, waves) if self.config.in_batch == "student" else self.others((a, b), lambda: rows[0][:, a:b] if rows else _channels(teacher, size, a, b), waves)
+            taught = others_.maps if others_ is not None and not rows and self.config.in_batch == "teacher" else _channels(teacher, size, a, b).to(self.dtype)
+            yield a, b, make(own, taught, _channels(negative, size, a, b).to(self.dtype), others_, factors, self.bins, waves)
 
     def __call__(self, scale: Tensor, kept: list[Tensor], into: Tensor | None = None) -> list[Tensor]:
         with torch.no_grad(), torch.autocast(kept[0].device.type, enabled=False):
@@ -501,14 +511,15 @@ def lean_distillation(
         rows, first = _teacher_rows(read, teacher, wanted, config)
         if any(wanted.crosses) and len(rows[0] if rows else features[0]) < 2: warnings.warn("FRAMER: a batch of one image has no in-batch negatives; InterCL runs without S_neg (Eq. 2)", stacklevel=2)
         sums = all_sums(read, (count, *shape), bins, wanted, dtype, features[-1].device, rows[0] if rows else None, 2**23)
-        _check_energies(sums.gram[0].diagonal(dim1=1, dim2=2).T + sums.gram[1].diagonal(dim1=1, dim2=2).T, read, names)
         with torch.enable_grad():
             n = _student_numbers(sums, students, teacher, negatives)
             n.leaves()
             terms = _all_terms(n, sums, students, teacher, negatives, config, (count, *shape), _bin_counts(bins), first)
             losses = config.weight * terms.loss.mean(1)
-            makers = [_Student(k, [], tuple(shape), bins, config, dtype) for k in _factors(losses, n)]
+            shared = {}
+            makers = [_Student(k, [], tuple(shape), bins, config, dtype, shared) for k in _factors(losses, n)]
         loss = _tied(losses.detach(), makers, layers, students, negatives, teacher, rows, sites)
+        _check_energies(sums.gram[0].diagonal(dim1=1, dim2=2).T + sums.gram[1].diagonal(dim1=1, dim2=2).T, read, names)  # last: asking halts a GPU's queue
     fields = [getattr(terms, f.name).detach().unbind(0) for f in dataclasses.fields(LayerTerms)[2:]]
     return Distillation(loss, [LayerTerms(names[i], names[j], *values) for i, j, *values in zip(students, negatives, *fields)], names[teacher])
 
