@@ -210,36 +210,47 @@ def map_gradient(
     mix, plain = list(k.cross), [(negative, other)]
     if rows is not None and rows.maps is teacher: mix = [torch.diag(t) if m is None else m + torch.diag(t) for m, t in zip(mix, taught.unbind(1))]
     else: plain.append((teacher, taught))
-    if k.magnitude[0] is None: plain.append((student, own)); out = torch.zeros_like(student)
-    else: out = _own_part(student, own, k.magnitude, bins)
+    out = torch.zeros_like(student) if k.magnitude[0] is None else _own_part(student, own, k.magnitude, bins)
+    if k.magnitude[0] is None: plain.append((student, own))
+    wrong = None if waves is None else _low_difference(plain, mix, rows, waves)
+    if out.is_complex(): out = torch.fft.irfft2(out if wrong is None else _add_waves(out, wrong, waves, bins), s=student.shape[-2:], norm="ortho")
+    elif wrong is not None: out.view(-1, waves.shape[1]).addmm_(wrong.flatten(0, 1), waves)
     for m, c in plain: out.addcmul_(m, c[:, 1, None, None, None])
     if mix[1] is not None: out.flatten(1).addmm_(mix[1], rows.maps.flatten(1))
-    return _mend_low(out, plain, mix, rows, bins, waves)
+    return out if waves is not None else out.add_(low_part(_difference(plain, mix, rows), bins, None))
 
 # %% ../nbs/04a_gram.ipynb #c040
-def _own_part(student: Tensor, own: Tensor, magnitude: list, bins: BandBins) -> Tensor:
-    "The student's own part: its spectrum times `own + magnitude / |X|` of each band."
+def _own_part(student: Tensor, own: Tensor, magnitude: list, bins: BandBins) -> Tensor:  # (B, c, H, W//2 + 1) complex
+    "Spectrum of the student's own part: the student's times `own + magnitude / |X|` of each band."
     x = torch.fft.rfft2(student, norm="ortho")
     size = x.abs().clamp_(min=torch.finfo(student.dtype).tiny ** 0.75)
     torch.view_as_real(x).mul_(torch.addcdiv(_field(own.unbind(1), bins), _field(magnitude, bins), size)[..., None])
-    return torch.fft.irfft2(x, s=student.shape[-2:], norm="ortho")
-
-def _mend_low(out: Tensor, plain: list, mix: list, rows: Rows | None, bins: BandBins, waves: Tensor | None) -> Tensor:
-    "Put LF right in `out`, where all maps were weighted as in HF."
-    shape, differ = out.shape, [(m, (c[:, 0] - c[:, 1])[:, None, None]) for m, c in plain]
-    low, high = (0 if m is None else m for m in mix)
-    mixed = low - high
-    if waves is None:
-        wrong = sum(m * c[..., None] for m, c in differ) + ((mixed @ rows.maps.flatten(1)).view(shape) if torch.is_tensor(mixed) else 0)
-        return out.add_(low_part(wrong, bins, None))
-    wrong = sum(_on_waves(m, waves) * c for m, c in differ)
-    if torch.is_tensor(mixed): wrong = wrong + (mixed @ rows.low.flatten(1)).view(wrong.shape)
-    return out.view(-1, shape[-2] * shape[-1]).addmm_(wrong.view(-1, len(waves)), waves).view(shape)
+    return x
 
 def _field(by_band: list, bins: BandBins) -> Tensor:  # (B, 1, H, W//2 + 1)
     "One number per sample and band, laid out on the bins."
     low, high = bins.halves
     return (by_band[0][:, None, None] * low + by_band[1][:, None, None] * high)[:, None]
+
+# %% ../nbs/04a_gram.ipynb #1d644e0c
+def _difference(plain: list, mix: list, rows: Rows | None, of: Callable = lambda m: m, rows_of: Callable = lambda r: r.maps) -> Tensor:
+    "By how much LF's weights differ from HF's, applied to what `of` makes of the maps."
+    low, high = (0 if m is None else m for m in mix)
+    parts = [of(m) for m, _ in plain]
+    found = sum(p * (c[:, 0] - c[:, 1]).view(-1, *[1] * (p.ndim - 1)) for p, (_, c) in zip(parts, plain))
+    return found + ((low - high) @ rows_of(rows).flatten(1)).view(parts[0].shape) if rows is not None and torch.is_tensor(low - high) else found
+
+def _low_difference(plain: list, mix: list, rows: Rows | None, waves: Tensor) -> Tensor:  # (B, c, K)
+    return _difference(plain, mix, rows, lambda m: _on_waves(m, waves), lambda r: r.low)
+
+# %% ../nbs/04a_gram.ipynb #7c4dd9d9
+def _add_waves(x: Tensor, weights: Tensor, waves: Tensor, bins: BandBins) -> Tensor:
+    "Add waves (B, c, K) to a half spectrum, in place: on the bins of LF, and no others."
+    where = _positions(bins)
+    of_waves = torch.view_as_real(torch.fft.rfft2(waves.view(-1, bins.height, bins.width), norm="ortho").flatten(1)[:, where])  # (K, bins, 2)
+    flat, made = x.view(*x.shape[:2], -1), (weights @ of_waves.flatten(1)).view(*weights.shape[:2], len(where), 2)
+    flat[..., where] += torch.view_as_complex(made)
+    return x
 
 # %% ../nbs/04a_gram.ipynb #c042
 def magnitude_gradient(
