@@ -3,10 +3,11 @@
     python benchmarks/cost.py gpu --budget 540     DiT4SR and PiSA-SR at true size, the paper's setting first  -> reports/cost/gpu.json
     python benchmarks/cost.py cpu                  tiny models                                                 -> reports/cost/cpu.json
     python benchmarks/cost.py growth               batch, layers, resolution; two processes                    -> reports/cost/growth/<device>.json
+    python benchmarks/cost.py count                true size, counted without a GPU, not measured      -> reports/cost/roofline/h200.json
     python benchmarks/cost.py smoke --out DIR      one tiny row, few steps
 
 The three contestants alternate within one run. A file is written after each row, so a run may be stopped, or stop itself when --budget seconds are nearly
-spent; the same command goes on with the rows that are missing. Rows for which memory does not suffice say so. The logic is in framer/cost.py.
+spent; the same command goes on with the rows that are missing. Rows for which memory does not suffice say so. The logic is in framer/cost.py and framer/roofline.py.
 """
 import argparse, json, math, os, statistics, sys, time
 from pathlib import Path
@@ -90,7 +91,7 @@ def growth(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("gpu", "cpu", "growth", "smoke"))
+    parser.add_argument("command", choices=("gpu", "cpu", "growth", "count", "smoke"))
     parser.add_argument("--out", type=Path, default=ROOT / "reports/cost", help="folder for the results")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds; no row is begun that is likely to end later")
     parser.add_argument("--rounds", type=int, default=11, help="timed steps of each contestant")
@@ -102,6 +103,10 @@ def main():
     args.out, args.device = args.out.resolve(), args.device or ("cuda" if args.command == "gpu" else "cpu")
     if args.device == "cpu": torch.set_num_threads(1)
     if args.command == "growth": return growth(args)
+    if args.command == "count":
+        from framer.roofline import count_file
+        count_file(args.out / "roofline/h200.json", plain, log=lambda *a: print(*a, flush=True))
+        return print("wrote", args.out / "roofline/h200.json")
     from framer.cost import run_plan
     try: left = run_plan(args.out / f"{args.command}.json", args.command, args.device, plain, args.budget, args.rounds, args.warmup, log=lambda *a: print(*a, flush=True))
     except RuntimeError as error:

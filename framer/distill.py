@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .gram import BandBins, Coefficients, Rows, Sums, Wanted, all_sums, low_waves, magnitude_gradient, map_gradient, spans
+from .gram import BandBins, Coefficients, Rows, Sums, Wanted, all_sums, low_waves, magnitude_gradient, map_gradient, span_limit, spans
 from .heads import AlignmentHeads, align, fit_heads
 from .hooks import Recorder, Taps, find_taps
 from .late import Site, find_site, with_gradient
@@ -510,7 +510,7 @@ def lean_distillation(
     with torch.autocast(features[-1].device.type, enabled=False):
         rows, first = _teacher_rows(read, teacher, wanted, config)
         if any(wanted.crosses) and len(rows[0] if rows else features[0]) < 2: warnings.warn("FRAMER: a batch of one image has no in-batch negatives; InterCL runs without S_neg (Eq. 2)", stacklevel=2)
-        sums = all_sums(read, (count, *shape), bins, wanted, dtype, features[-1].device, rows[0] if rows else None, 2**23)
+        sums = all_sums(read, (count, *shape), bins, wanted, dtype, features[-1].device, rows[0] if rows else None, span_limit(count * math.prod(shape)))
         with torch.enable_grad():
             n = _student_numbers(sums, students, teacher, negatives)
             n.leaves()

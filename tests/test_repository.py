@@ -20,7 +20,7 @@ FLOORS = {
     1: "masks losses modulation heads hooks gram late degradation metrics parameters report",
     2: "distill",
     3: "sd2 sd3 onestep pisasr dit4sr scales backbones autoencoder objectives datasets sources shards pairs captions cache runs testsets",
-    4: "training sampling pipelines evaluation comparison study inventory figures analysis ablation cost small",
+    4: "training sampling pipelines evaluation comparison study inventory figures analysis ablation cost roofline small",
 }
 FLOOR = {m: n for n, names in FLOORS.items() for m in names.split()}
 PLUG_AND_PLAY = ["masks", "losses", "modulation", "heads", "hooks", "gram", "late", "distill"]   # these need torch alone
