@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 from . import distill, gram, hooks
 from .cost import Bench, Setting
-from .distill import distillation, lean_distillation
+from .distill import lean_distillation
 from .runs import environment, write_json
 
 # %% ../nbs/26a_roofline.ipynb #c005
@@ -154,12 +154,11 @@ def fake_gpu(machine: Machine = Machine()) -> Iterator[Ledger]:
 
 # %% ../nbs/26a_roofline.ipynb #c028
 def _extra(bench: Bench, how: str) -> Tensor | float:
-    "FRAMER's loss of the last call: the library's, or the plain one."
+    "FRAMER's loss of the last call: the lean one, or the plain one."
     if how == "baseline": return 0.0
     f, config = bench.framer, bench.config
     count = len(f.taps.names); negatives = [(i + 1) % (count - 1) for i in range(count - 1)]
     if how == "plain": found = bench.plain(f.features(), count - 1, negatives, config)
-    elif config.implementation == "reference": found = distillation(f.features(), config, negatives).loss
     else: found = lean_distillation(f.maps(), config, negatives, heads=f.heads and f.heads.projections, sites=f.recorder.marks).loss
     f.recorder.clear()
     return found
@@ -180,7 +179,8 @@ def counted_step(
     plain: Callable | None = None,  # that loss, (maps, teacher, negatives, config) -> scalar
     machine: Machine = Machine(),
 ) -> dict:  # seconds, bytes, operations, calls, halts, peak bytes; and `by`, name -> (calls, bytes, seconds)
-    "One step of a setting, counted."
+    "One step of a setting, counted. `ValueError` for the reference implementation, which picks bins by a mask of numbers that a fake step does not have."
+    if setting.implementation != "lean": raise ValueError(f"implementation={setting.implementation!r}: a fake step cannot run it; count \"lean\", and how=\"plain\" for the equations as they are printed")
     with fake_gpu(machine) as ledger:
         bench = Bench(setting, torch.device("cpu"), plain)
         bench.config = replace(bench.config, head_init="random")
@@ -219,7 +219,7 @@ def count_settings() -> list[Setting]:
     "Settings to count: both models at true size, three batch sizes, and the paper's setting with each option changed."
     half = dict(dit4sr="bf16", pisasr="fp16")
     rows = [Setting(m, b, half[m]) for m in half for b in (16, 4, 1)]
-    return rows + [Setting(m, 16, half[m], **kw) for m in half for kw in (dict(gradient_checkpointing=True), dict(faw_grad=False), dict(implementation="reference"))]
+    return rows + [Setting(m, 16, half[m], **kw) for m in half for kw in (dict(gradient_checkpointing=True), dict(faw_grad=False))]
 
 # %% ../nbs/26a_roofline.ipynb #c044
 def count_file(path: Path, plain: Callable | None = None, settings: list[Setting] | None = None, machine: Machine = Machine(), log=print) -> dict:

@@ -244,3 +244,26 @@ def test_two_processes():
         for rank in (0, 1):
             for a, b in zip(found[rank][name, "lean"], found[rank][name, "reference"]): torch.testing.assert_close(torch.tensor(a), torch.tensor(b))
         assert found[0][name, "lean"][0] == found[1][name, "lean"][0]   # ranks agree
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("make", [unet, sd3, dit4sr], ids=lambda m: m.__name__)
+def test_shared_copies(make, checkpointing, monkeypatch):
+    "As on a GPU, where autocast's normalisations run in float32: recording their copies changes no value, and is off where blocks are checkpointed."
+    from framer import hooks
+    from framer.roofline import gpu_casts
+    def one(share):
+        with monkeypatch.context() as m, gpu_casts():
+            if not share: m.setattr(hooks.CallRecord, "share", lambda self, norm, args: None)
+            model = make()
+            if checkpointing: model.enable_gradient_checkpointing()
+            with Framer.attach(model, FramerConfig()) as framer:
+                with torch.autocast("cpu", torch.bfloat16): out = call(model, make, dtype=torch.float32)
+                kinds = [f.dtype for f in framer.recorder.features]
+                (out.float().square().mean() + framer.loss()).backward()
+                return {n: p.grad for n, p in [*model.named_parameters(), *framer.named_parameters()] if p.grad is not None}, framer.terms, kinds
+    (a, s, shared), (b, t, plain) = one(True), one(False)
+    assert set(plain) == {torch.bfloat16} and (torch.float32 in shared) == (not checkpointing)
+    size = max(float(x.norm()) for x in b.values())
+    assert a.keys() == b.keys() and max(float((a[n] - b[n]).norm()) for n in a) < (2e-2 if make is unet else 1e-6) * size   # a U-Net's heads run in the maps' type
+    torch.testing.assert_close(s.loss, t.loss, rtol=1e-2 if make is unet else 1e-5, atol=1e-5)
