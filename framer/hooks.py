@@ -348,7 +348,7 @@ def _share(self: CallRecord, norm: nn.Module, args: tuple) -> tuple | None:  # o
     "Record the float32 copy of the last map's source that a normalisation is about to make."
     if torch.compiler.is_compiling() or not self.open or not args: return None
     last, x = self.open[-1], args[0]
-    if last.output is None or x is not last.source or self.checkpointed or not _cast_by_norm(x): return None
+    if last.output is None or x is not last.source or self.checkpointed or self.taps.multiscale or not _cast_by_norm(x): return None
     copy = x.float()
     last.map = self.taps.to_map(_replaced(last.output, x, copy), self.taps.names[last.layer], self.hw)
     last.source, last.version, last.output = copy, copy._version, None
