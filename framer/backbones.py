@@ -41,7 +41,7 @@ def choose_recipe(
     known = ("auto", *dict.fromkeys(r for rs in RECIPES.values() for r in rs))
     if recipe not in known: raise ValueError(f"recipe={recipe!r}: expected one of {', '.join(known)}" + "".join(f" (did you mean {n}?)" for n in difflib.get_close_matches(recipe, known, 1)))
     if recipe != "auto" and recipe not in RECIPES[name]: raise ValueError(f"recipe={recipe!r} with backbone={name!r}: {name} has {' and '.join(RECIPES[name])}")
-    if found not in (None, "plain", recipe) and recipe != "auto": raise ValueError(f"recipe={recipe!r} with weights that {found} has trained: take recipe='auto', or other weights")
+    if found not in (None, "plain", recipe) and recipe != "auto": raise ValueError(f"recipe={recipe!r} with weights that {found} has trained: take recipe='auto', or other weights, such as weights='random'")
     return recipe if recipe != "auto" else {None: "algorithm-1", "plain": RECIPES[name][1]}.get(found, found)
 
 # %% ../nbs/13_backbones.ipynb #c012

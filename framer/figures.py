@@ -292,7 +292,8 @@ def cost_figure(
     "What FRAMER adds to a training step: bars of time and of memory (Fig. 6). Where nothing was measured the figure says so."
     rows = rows if isinstance(rows, list) else read_costs(rows)
     if not rows: return empty_figure("Cost of FRAMER: nothing measured yet.\nreports/cost/ has no *.json; the cost benchmark writes it.")
-    rows = [r for r in rows if r.get("headline")] or rows
+    measured = [r for r in rows if r["time_overhead_percent"] is not None]
+    rows = [r for r in measured if r.get("headline")] or measured or rows
     fig, axes = _axes(2, 3.9, 0.8 + 0.34 * len(rows) + (0.2 if reference else 0))
     names = [", ".join([str(r["model"]), f"batch {r['batch']}", str(r["dtype"]), *([str(r["implementation"])] if r.get("implementation") else [])]) for r in rows]
     for ax, what, band in zip(axes, ("time", "memory"), ("lf", "hf")):

@@ -6,7 +6,7 @@ Docs: https://framer-sr.github.io/framer/roofline.html.md"""
 
 # %% auto #0
 __all__ = ['tensor_bytes', 'moved_bytes', 'operations', 'Machine', 'Ledger', 'gpu_casts', 'fake_gpu', 'counted_step',
-           'counted_row', 'added_ms', 'count_settings', 'count_file']
+           'counted_row', 'added_ms', 'count_settings', 'count_file', 'counted_summary']
 
 # %% ../nbs/26a_roofline.ipynb #c003
 import gc
@@ -231,3 +231,12 @@ def count_file(path: Path, plain: Callable | None = None, settings: list[Setting
     found = dict(kind="counted cost", machine=asdict(machine), versions=where["versions"], commit=(where["git"] or {}).get("commit"), date=where["date"], command=where["command"], rows=rows)
     path.parent.mkdir(parents=True, exist_ok=True); write_json(path, found)
     return found
+
+# %% ../nbs/26a_roofline.ipynb #c047
+def counted_summary(found: dict) -> str:
+    "What a file says of the paper's setting, as a sentence."
+    row = next(r for r in found["rows"] if "percent_of_the_papers_step" in r and r["faw_grad"])
+    peak = row["contestants"]["baseline"]["peak"] / 1e9
+    return (f"Counted, not measured, for DiT4SR at batch 16, bfloat16, 512 x 512: {peak:.1f} GB without FRAMER and {row['memory_overhead_percent']:+.2f} % with it (the paper: 87.03 GB and +3.0 %); "
+            f"{row['added_ms']:.1f} ms more at the rates of {row['machine']}, {row['percent_of_the_papers_step']:.1f} % of the paper's step of 1.01 s (the paper measures +6.9 %). "
+            f"Written as the equations are printed it would be {row['plain_added_ms']:.0f} ms and {row['plain_memory_overhead_percent']:+.0f} % memory.")
