@@ -202,6 +202,7 @@ class Rows:
 
 def _on_waves(maps: Tensor, waves: Tensor) -> Tensor: return torch.bmm(maps.flatten(2), waves.T.expand(len(maps), -1, -1))
 
+# %% ../nbs/04a_gram.ipynb #7bc2789e
 def map_gradient(
     student: Tensor, teacher: Tensor, negative: Tensor,  # (B, c, H, W) each, float32 or float64
     rows: Rows | None,  # other images' maps, of (N, c, H, W); `rows.maps` may be `teacher`; None where no coefficient asks for them

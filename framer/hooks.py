@@ -283,6 +283,11 @@ class Kept:
     @property
     def changed(self) -> bool: return self.source is not None and self.source._version != self.version
 
+def _note(kept: Kept, output: object, mark: Callable | None):
+    "Note what a map is a view of, if it is one."
+    kept.source = _source(kept.map, output)
+    if kept.source is not None: kept.output, kept.version, kept.mark = output, kept.source._version, mark and mark(kept.map, kept.source)
+
 # %% ../nbs/04_hooks.ipynb #c093
 _GRAD_OFF = ("layer {!r} ran with gradients off while the model's forward pass had them on, so nothing can teach it. Re-entrant gradient checkpointing does this: "
              "use use_reentrant=False (diffusers' default). If the model runs this layer under no_grad on purpose, leave it out with layers=")
@@ -323,12 +328,8 @@ class CallRecord:
         kept = Kept(i, self.taps.to_map(output, name, self.hw))
         if self.open: self.open[-1].output = None
         self.open.append(kept)
-        if self.grad and not torch.compiler.is_compiling() and isinstance(kept.map, Tensor): self.note(kept, output)
+        if self.grad and not torch.compiler.is_compiling() and isinstance(kept.map, Tensor): _note(kept, output, self.mark)
 
-    def note(self, kept, output):
-        kept.source = _source(kept.map, output)
-        if kept.source is None: return
-        kept.output, kept.version, kept.mark = output, kept.source._version, self.mark and self.mark(kept.map, kept.source)
 
 # %% ../nbs/04_hooks.ipynb #7b53e67c
 _NORMS_IN_FLOAT32 = {"cuda"}  # devices whose autocast runs layer and group normalisation in float32

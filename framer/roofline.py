@@ -108,7 +108,7 @@ class Ledger(TorchDispatchMode):
         for counter, value in ((self.calls, 1), (self.bytes, moved), (self.operations, done), (self.seconds, self.machine.seconds(moved, done, dtype))): counter[name] += value
         return out
 
-# %% ../nbs/26a_roofline.ipynb #c020
+# %% ../nbs/26a_roofline.ipynb #c021
 def _in_float32(function: Callable) -> Callable:
     "A normalisation that runs in float32 under autocast, as on a GPU."
     def call(*args, **kwargs):
@@ -117,7 +117,7 @@ def _in_float32(function: Callable) -> Callable:
         with torch.autocast("cpu", enabled=False): return function(*args, **kwargs)
     return call
 
-# %% ../nbs/26a_roofline.ipynb #c022
+# %% ../nbs/26a_roofline.ipynb #c023
 @contextmanager
 def gpu_casts() -> Iterator[None]:
     "Inside, autocast on a CPU treats normalisations as it does on a GPU."
@@ -126,7 +126,7 @@ def gpu_casts() -> Iterator[None]:
         stack.enter_context(mock.patch.object(hooks, "_NORMS_IN_FLOAT32", {"cpu", "cuda"}))
         yield
 
-# %% ../nbs/26a_roofline.ipynb #c024
+# %% ../nbs/26a_roofline.ipynb #c025
 def _outside(make: Callable, mode: FakeTensorMode) -> Callable:
     "`make` called with real tensors; its result brought into the fake mode, once."
     known, fake = {}, lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x
@@ -141,7 +141,7 @@ def _outside(make: Callable, mode: FakeTensorMode) -> Callable:
         return known[args]
     return call
 
-# %% ../nbs/26a_roofline.ipynb #c026
+# %% ../nbs/26a_roofline.ipynb #c027
 @contextmanager
 def fake_gpu(machine: Machine = Machine()) -> Iterator[Ledger]:
     "Inside, tensors are fake and the ledger counts."
@@ -152,7 +152,7 @@ def fake_gpu(machine: Machine = Machine()) -> Iterator[Ledger]:
         for kind in (nn.Module, ModelMixin): stack.enter_context(mock.patch.object(kind, "to", lambda self, *a, **k: self))
         yield ledger
 
-# %% ../nbs/26a_roofline.ipynb #c028
+# %% ../nbs/26a_roofline.ipynb #c029
 def _extra(bench: Bench, how: str) -> Tensor | float:
     "FRAMER's loss of the last call: the lean one, or the plain one."
     if how == "baseline": return 0.0
@@ -163,7 +163,7 @@ def _extra(bench: Bench, how: str) -> Tensor | float:
     f.recorder.clear()
     return found
 
-# %% ../nbs/26a_roofline.ipynb #c030
+# %% ../nbs/26a_roofline.ipynb #c031
 def _once(bench: Bench, how: str):
     "One training step."
     with bench.precision(): prediction = bench.model(**bench.inputs).sample
@@ -172,7 +172,7 @@ def _once(bench: Bench, how: str):
     loss.backward(); del loss
     for optimizer in filter(None, (bench.optimizer, bench.heads)): optimizer.step(); optimizer.zero_grad(set_to_none=True)
 
-# %% ../nbs/26a_roofline.ipynb #c031
+# %% ../nbs/26a_roofline.ipynb #c032
 def counted_step(
     setting: Setting,
     how: str = "framer",  # "baseline", "framer" or "plain"
@@ -190,7 +190,7 @@ def counted_step(
         by = {k: (ledger.calls[k], ledger.bytes[k], ledger.seconds[k]) for k in ledger.calls}
         return dict(**found, halts=ledger.halts, peak=ledger.peak, by=by)
 
-# %% ../nbs/26a_roofline.ipynb #c039
+# %% ../nbs/26a_roofline.ipynb #c040
 def counted_row(
     setting: Setting,
     plain: Callable | None = None,
@@ -207,21 +207,21 @@ def counted_row(
     if setting.model == "dit4sr" and setting.batch == 16 and not setting.gradient_checkpointing: row["percent_of_the_papers_step"] = row["added_ms"] / paper_seconds / 10
     return dict(row, contestants={how: {k: v for k, v in f.items() if k != "by"} for how, f in found.items()}, added_ms_by=added_ms(found))
 
-# %% ../nbs/26a_roofline.ipynb #c041
+# %% ../nbs/26a_roofline.ipynb #c042
 def added_ms(found: dict, least: float = 0.01) -> dict:
     "Milliseconds that FRAMER adds by kind of operation, where they are at least `least`."
     base, by = found["baseline"]["by"], found["framer"]["by"]
     rows = {k: 1e3 * (v[2] - base.get(k, (0, 0, 0))[2]) for k, v in by.items()}
     return dict(sorted(((k, round(v, 4)) for k, v in rows.items() if abs(v) >= least), key=lambda x: -x[1]))
 
-# %% ../nbs/26a_roofline.ipynb #c043
+# %% ../nbs/26a_roofline.ipynb #c044
 def count_settings() -> list[Setting]:
     "Settings to count: both models at true size, three batch sizes, and the paper's setting with each option changed."
     half = dict(dit4sr="bf16", pisasr="fp16")
     rows = [Setting(m, b, half[m]) for m in half for b in (16, 4, 1)]
     return rows + [Setting(m, 16, half[m], **kw) for m in half for kw in (dict(gradient_checkpointing=True), dict(faw_grad=False))]
 
-# %% ../nbs/26a_roofline.ipynb #c044
+# %% ../nbs/26a_roofline.ipynb #c045
 def count_file(path: Path, plain: Callable | None = None, settings: list[Setting] | None = None, machine: Machine = Machine(), log=print) -> dict:
     "Count `settings` and write what was found, when all of it is there."
     rows, where = [], environment()
@@ -232,11 +232,11 @@ def count_file(path: Path, plain: Callable | None = None, settings: list[Setting
     path.parent.mkdir(parents=True, exist_ok=True); write_json(path, found)
     return found
 
-# %% ../nbs/26a_roofline.ipynb #c047
+# %% ../nbs/26a_roofline.ipynb #c048
 def counted_summary(found: dict) -> str:
     "What a file says of the paper's setting, as a sentence."
     row = next(r for r in found["rows"] if "percent_of_the_papers_step" in r and r["faw_grad"])
     peak = row["contestants"]["baseline"]["peak"] / 1e9
     return (f"Counted, not measured, for DiT4SR at batch 16, bfloat16, 512 x 512: {peak:.1f} GB without FRAMER and {row['memory_overhead_percent']:+.2f} % with it (the paper: 87.03 GB and +3.0 %); "
-            f"{row['added_ms']:.1f} ms more at the rates of {row['machine']}, {row['percent_of_the_papers_step']:.1f} % of the paper's step of 1.01 s (the paper measures +6.9 %). "
+            f"{row['added_ms']:.1f} ms more at full rates ({row['machine']}), {row['percent_of_the_papers_step']:.1f} % of the paper's step of 1.01 s (the paper measures +6.9 %). "
             f"Written as the equations are printed it would be {row['plain_added_ms']:.0f} ms and {row['plain_memory_overhead_percent']:+.0f} % memory.")
