@@ -277,7 +277,7 @@ def test_framer_records_one_pass_and_teaches_the_stages_adapter(stage):
     loss, _ = loss_of(backbone)
     recorded = framer.recorder.done
     assert forwards == ([True] if stage == "pixel" else [True, False])
-    assert len(recorded) == len(framer.taps.names) and all(x.shape[0] == 2 for _, x, _ in recorded), "the pass of the step, not CSD's"
+    assert len(recorded) == len(framer.taps.names) and all(k.map.shape[0] == 2 for k in recorded), "the pass of the step, not CSD's"
     term = framer.loss()
     assert term.requires_grad and len(framer.terms.layers) == len(unet_layers(plain)) - 1
     term.backward()
