@@ -373,7 +373,8 @@ def many_gpus(
     bandwidth: float = 4.8e12, speed: float = 67e12,  # bytes and float32 operations a second: an H200's data sheet
     inside: float = 450e9, between: float = 50e9,  # bytes a second a GPU receives within a machine of 8 (NVLink 4) and between machines (400 Gb/s)
     gather: bool = True,  # in-batch negatives from all processes
-) -> dict:  # received_gb, gather_ms, floor_ms, time_percent, memory_percent
+    known: float = 0.0,  # seconds that FRAMER adds on one GPU, where they are known; 0 takes the floor
+) -> dict:  # received_gb, gather_ms, floor_ms, loss_ms, time_percent, memory_percent
     "What a step costs on each of `gpus` GPUs, computed from bytes, operations and rates."
     one = batch * channels * size ** 2
     far = (gpus - 1) if gather else 0
@@ -381,5 +382,6 @@ def many_gpus(
     link = inside if gpus <= 8 else between
     work = least_work(layers, batch, channels, size, size)["total"]
     extra_bytes, extra_operations = far * one * 2 * layers, far * one * (2.5 * math.log2(size ** 2) + 4 * batch * (layers - 1))
-    floor = max((work["bytes"] + extra_bytes) / bandwidth, (work["operations"] + extra_operations) / speed)
-    return dict(gpus=gpus, received_gb=received / 1e9, gather_ms=received / link * 1e3, floor_ms=floor * 1e3, time_percent=100 * (floor + received / link) / step, memory_percent=100 * (received + (one * 2 if far else 0)) / memory)
+    alone, floor = (max((work["bytes"] + b) / bandwidth, (work["operations"] + o) / speed) for b, o in ((0, 0), (extra_bytes, extra_operations)))
+    loss = (known or alone) + floor - alone
+    return dict(gpus=gpus, received_gb=received / 1e9, gather_ms=received / link * 1e3, floor_ms=floor * 1e3, loss_ms=loss * 1e3, time_percent=100 * (loss + received / link) / step, memory_percent=100 * (received + (one * 2 if far else 0)) / memory)
