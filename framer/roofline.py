@@ -60,9 +60,9 @@ def operations(func, args: tuple, kwargs: dict, out: object) -> float:
     name = func._schema.name.split("::")[1]
     if name == "convolution": return _conv_flops(args[0], args[1], out)
     if name == "convolution_backward": return _conv_flops(args[1], args[2], args[0]) * sum(args[-1][:2])
-    if name in ("_fft_r2c", "_fft_c2r"):
-        real = args[0] if name == "_fft_r2c" else out
-        return 2.5 * real.numel() * math.log2(max(2, math.prod(real.shape[d] for d in args[1])))
+    if name.startswith("_fft"):
+        whole = args[0] if name == "_fft_r2c" else out
+        return (5 if name == "_fft_c2c" else 2.5) * whole.numel() * math.log2(max(2, math.prod(whole.shape[d] for d in args[1])))
     known = flop_registry.get(func._overloadpacket) or flop_registry.get(getattr(torch.ops.aten, name.rstrip("_"), None))
     return known(*args, **kwargs, out_val=out) if known else 0
 
@@ -79,7 +79,7 @@ class Machine:
 
 # %% ../nbs/26a_roofline.ipynb #c016
 class Ledger(TorchDispatchMode):
-    "Counts by operation: calls, bytes, operations, seconds on `machine`; bytes alive, and the most of them. Fake numbers that are asked for are 1."
+    "Counts by operation: calls, bytes, operations, seconds on `machine`; bytes alive, and the most of them; `halts`, how often the host asked for a number, which a fake tensor answers with 1."
     def __init__(self, machine: Machine = Machine()):
         super().__init__()
         self.machine, self.seen, self.live = machine, {}, 0
@@ -216,7 +216,7 @@ def added_ms(found: dict, least: float = 0.01) -> dict:
 
 # %% ../nbs/26a_roofline.ipynb #c044
 def count_settings() -> list[Setting]:
-    "Settings to count: both models at true size, three batch sizes, and the paper's setting with each option changed."
+    "Settings to count: both models at true size, three batch sizes, and batch 16 with each option changed."
     half = dict(dit4sr="bf16", pisasr="fp16")
     rows = [Setting(m, b, half[m]) for m in half for b in (16, 4, 1)]
     return rows + [Setting(m, 16, half[m], **kw) for m in half for kw in (dict(gradient_checkpointing=True), dict(faw_grad=False))]
