@@ -215,19 +215,19 @@ def map_gradient(
     mix, plain = list(k.cross), [(negative, other)]
     if rows is not None and rows.maps is teacher: mix = [torch.diag(t) if m is None else m + torch.diag(t) for m, t in zip(mix, taught.unbind(1))]
     else: plain.append((teacher, taught))
-    out = torch.zeros_like(student) if k.magnitude[0] is None else _own_part(student, own, k.magnitude, bins)
+    out = torch.zeros_like(student, memory_format=torch.contiguous_format) if k.magnitude[0] is None else _own_part(student, own, k.magnitude, bins)
     if k.magnitude[0] is None: plain.append((student, own))
     wrong = None if waves is None else _low_difference(plain, mix, rows, waves)
-    if out.is_complex(): out = torch.fft.irfft2(out if wrong is None else _add_waves(out, wrong, waves, bins), s=student.shape[-2:], norm="ortho")
+    if out.is_complex(): out = torch.fft.irfft2(out if wrong is None else _add_waves(out, wrong, waves, bins), s=student.shape[-2:], norm="ortho").contiguous()
     elif wrong is not None: out.view(-1, waves.shape[1]).addmm_(wrong.flatten(0, 1), waves)
     for m, c in plain: out.addcmul_(m, c[:, 1, None, None, None])
-    if mix[1] is not None: out.flatten(1).addmm_(mix[1], rows.maps.flatten(1))
+    if mix[1] is not None: out.view(len(out), -1).addmm_(mix[1], rows.maps.flatten(1))
     return out if waves is not None else out.add_(low_part(_difference(plain, mix, rows), bins, None))
 
 # %% ../nbs/04a_gram.ipynb #c040
 def _own_part(student: Tensor, own: Tensor, magnitude: list, bins: BandBins) -> Tensor:  # (B, c, H, W//2 + 1) complex
     "Spectrum of the student's own part: the student's times `own + magnitude / |X|` of each band."
-    x = torch.fft.rfft2(student, norm="ortho")
+    x = torch.fft.rfft2(student, norm="ortho").contiguous()  # a transform may leave its own layout
     size = x.abs().clamp_(min=torch.finfo(student.dtype).tiny ** 0.75)
     torch.view_as_real(x).mul_(torch.addcdiv(_field(own.unbind(1), bins), _field(magnitude, bins), size)[..., None])
     return x
